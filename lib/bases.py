@@ -1,0 +1,122 @@
+"""Base networks: how each is trained, and the checkpoint it is read from afterwards."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lib.data import load
+from lib.models import build
+from lib.train import augment_crop_flip, fit, pick_device
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Hyperparameters of ``fit`` for one network on one kind of data.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the training split.
+    lr : float
+        Highest learning rate.
+    batch_size : int
+        Images of a step.
+    augment : bool
+        Random shifts and mirrored images (colour images only).
+    bfloat16 : bool
+        Compute in bfloat16.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int = 128
+    augment: bool = False
+    bfloat16: bool = False
+
+
+SCHEDULES = {
+    ("digits", "lenet300"): Schedule(20, 0.05, 64),
+    ("digits", "lenet5"): Schedule(20, 0.05, 64),
+    ("digits", "resnet8"): Schedule(12, 0.1, 64),
+    ("mnist", "lenet300"): Schedule(20, 0.1),
+    ("mnist", "lenet5"): Schedule(20, 0.05),
+    ("cifar", "resnet20"): Schedule(30, 0.4, augment=True, bfloat16=True),
+    ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, bfloat16=True),
+}
+
+
+def schedule(dataset: str, model: str) -> Schedule:
+    """Look up how a network is trained on a data set.
+
+    Parameters
+    ----------
+    dataset, model : str
+        Names in ``lib.data.DATASETS`` and ``lib.models.MODELS``.
+
+    Returns
+    -------
+    Schedule
+
+    Raises
+    ------
+    ValueError
+        No such pair; the message lists the known ones.
+    """
+    key = ("cifar" if dataset.startswith("cifar10") else dataset, model)
+    if key not in SCHEDULES:
+        known = ", ".join(f"{d}/{m}" for d, m in SCHEDULES)
+        raise ValueError(f"no training schedule for {dataset}/{model}; known: {known}")
+    return SCHEDULES[key]
+
+
+def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = False) -> nn.Module:
+    """Read a trained network, or train it and keep it.
+
+    Parameters
+    ----------
+    dataset, model : str
+        A pair of ``SCHEDULES``.
+    seed : int
+        Of initial weights, order and augmentation.
+    folder : Path
+        Where ``<dataset>-<model>-s<seed>.safetensors`` is, or is written; training in progress
+        leaves a ``.partial.pt`` beside it and goes on from there after an interruption.
+    progress : bool
+        Show a bar while training.
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode, on the CPU.
+    """
+    how = schedule(dataset, model)
+    name = f"{dataset}-{model}-s{seed}"
+    path = folder / f"{name}.safetensors"
+    images, labels = load(dataset, "val")
+    network = build(model, channels=images.shape[1], classes=10, seed=seed)
+    if not path.exists():
+        images, labels = load(dataset, "train")
+        partial = folder / f"{name}.partial.pt"
+        network = fit(
+            network.to(pick_device()),
+            images,
+            labels,
+            epochs=how.epochs,
+            lr=how.lr,
+            batch_size=how.batch_size,
+            augment=augment_crop_flip if how.augment else None,
+            bfloat16=how.bfloat16,
+            seed=seed,
+            checkpoint=partial,
+            progress=name if progress else None,
+        ).cpu()
+        state = {key: value.contiguous() for key, value in network.state_dict().items()}
+        written = path.with_suffix(".writing")
+        save_file(state, written, metadata={"schedule": repr(how), "torch": torch.__version__})
+        written.replace(path)
+        partial.unlink()
+    network.load_state_dict(load_file(path))
+    return network.eval()

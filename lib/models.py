@@ -1,0 +1,226 @@
+"""The networks of the experiments, and folding of BatchNorm into what stands before it."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def lenet300(classes: int, channels: int) -> nn.Module:
+    """LeNet-300-100 for 28x28 images (LeCun et al. 1998): 266,200 weights at one channel."""
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(784 * channels, 300), nn.ReLU()),
+        *(nn.Linear(300, 100), nn.ReLU()),
+        nn.Linear(100, classes),
+    )
+
+
+def lenet5(classes: int, channels: int) -> nn.Module:
+    """LeNet-5 as in Caffe, for 28x28 images: 430,500 weights at one channel."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        *(nn.Linear(800, 500), nn.ReLU()),
+        nn.Linear(500, classes),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
+        self.stride, self.widen = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.widen:
+            x = F.pad(x, (0, 0, 0, 0, self.widen // 2, self.widen - self.widen // 2))
+        return self.relu2(y + x)
+
+
+def _resnet(classes: int, channels: int, widths: tuple[int, ...], blocks: int) -> nn.Module:
+    layers = [nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)]
+    layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    inputs = widths[0]
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            layers.append(BasicBlock(inputs, width, 2 if stage > 0 and block == 0 else 1))
+            inputs = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*layers)
+
+
+def resnet8(classes: int, channels: int) -> nn.Module:
+    """A ResNet of three blocks with 8, 16 and 32 channels: 18,824 weights at one channel."""
+    return _resnet(classes, channels, (8, 16, 32), blocks=1)
+
+
+def resnet20(classes: int, channels: int) -> nn.Module:
+    """ResNet-20 for CIFAR (He et al. 2016): 268,336 weights in convolutions and classifier."""
+    return _resnet(classes, channels, (16, 32, 64), blocks=3)
+
+
+def vgg16(classes: int, channels: int) -> nn.Module:
+    """VGG-16 with BatchNorm for 32x32 images, one linear layer: 14.7 million weights."""
+    layers: list[nn.Module] = []
+    for outputs, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+            channels = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, classes))
+
+
+MODELS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
+    "lenet300": (lenet300, 1),
+    "lenet5": (lenet5, 1),
+    "resnet8": (resnet8, 1),
+    "resnet20": (resnet20, 3),
+    "vgg16": (vgg16, 3),
+}
+
+
+def build(name: str, *, classes: int = 10, channels: int | None = None, seed: int = 0) -> nn.Module:
+    """Make a network with freshly drawn weights.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``MODELS``.
+    classes : int
+        Number of outputs.
+    channels : int, optional
+        Channels of the input images; by default those of the data the network is known for.
+    seed : int
+        Of the initial weights (He et al. 2015 for convolutions); the caller's generator is left
+        as it was.
+
+    Returns
+    -------
+    nn.Module
+        In training mode, on the CPU, float32.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message lists the known ones.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    make, default_channels = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make(classes, default_channels if channels is None else channels)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    modules = dict(model.named_modules())
+    nodes = [n for n in fx.Tracer().trace(model).nodes if n.op == "call_module"]
+    calls = Counter(node.target for node in nodes)
+    return [
+        (node.args[0].target, node.target)
+        for node in nodes
+        if isinstance(modules[node.target], _BATCHNORMS)
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "call_module"
+        and len(node.args[0].users) == 1
+        and calls[node.target] == calls[node.args[0].target] == 1
+    ]
+
+
+def _sequential_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    pairs = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            names = [f"{path}.{child}" if path else child for child, _ in module.named_children()]
+            pairs += list(zip(names, names[1:], strict=False))
+    return pairs
+
+
+def batchnorm_pairs(model: nn.Module) -> dict[str, str]:
+    """Find each BatchNorm that can be folded and the layer it belongs to.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any network. Where its forward cannot be traced symbolically, only neighbours inside an
+        ``nn.Sequential`` are paired.
+
+    Returns
+    -------
+    dict of str to str
+        Module path of the BatchNorm -> path of the linear or convolution layer whose only reader
+        it is. A BatchNorm without running statistics, behind a layer used twice, or behind
+        anything else, is absent.
+    """
+    modules = dict(model.named_modules())
+    shared = Counter(id(m.weight) for m in modules.values() if hasattr(m, "weight"))
+    try:
+        candidates = _traced_pairs(model)
+    except Exception:  # a forward with data-dependent control flow fails in ways of its own
+        candidates = _sequential_pairs(model)
+    return {
+        norm: layer
+        for layer, norm in candidates
+        if isinstance(modules[norm], _BATCHNORMS)
+        and modules[norm].track_running_stats
+        and isinstance(modules[layer], (nn.Linear, *_CONVOLUTIONS))
+        and shared[id(modules[layer].weight)] == 1
+        and not (isinstance(modules[layer], _TRANSPOSED) and modules[layer].groups > 1)
+    }
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Fold every BatchNorm into the layer before it, where that leaves the function as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any network; not changed.
+
+    Returns
+    -------
+    nn.Module
+        A copy in evaluation mode in which each BatchNorm of ``batchnorm_pairs`` is an
+        ``nn.Identity`` and its layer has the folded weight, under the same name, and a bias.
+        Other BatchNorms stay.
+
+    Notes
+    -----
+    ``w' = w γ / sqrt(σ² + ε)`` per output channel and ``b' = β + (b − μ) γ / sqrt(σ² + ε)``
+    (Ioffe and Szegedy 2015; Jacob et al. 2018, section 3.2).
+    """
+    folded = copy.deepcopy(model).eval()
+    for norm_path, layer_path in batchnorm_pairs(model).items():
+        norm, layer = folded.get_submodule(norm_path), folded.get_submodule(layer_path)
+        if isinstance(layer, nn.Linear):
+            fused = fuse_linear_bn_eval(layer, norm)
+        else:
+            fused = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, _TRANSPOSED))
+        folded.set_submodule(layer_path, fused)
+        folded.set_submodule(norm_path, nn.Identity())
+    return folded

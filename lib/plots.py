@@ -1,0 +1,343 @@
+"""Every figure: one look, one colour for each method, returned as matplotlib figures."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from torch import Tensor
+
+plt.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "font.size": 10,
+        "figure.dpi": 100,
+        "legend.frameon": False,
+        "svg.hashsalt": "xai-compression",
+    }
+)
+
+BLUE, ORANGE, GREY, RED = "#2458a6", "#e07b22", "#8a8a8a", "#b5384a"
+_FAMILIES = (("random", GREY), ("shuffled", GREY), ("reversed", RED), ("deeplift", ORANGE))
+
+
+_OTHERS = ("#2458a6", "#3a8f57", "#7b4fa3", "#12a4b8", "#8c6d31", "#c2479d")
+
+
+def _style(name: str, position: int) -> dict:
+    """Colour by family, else by position: controls are dashed, grey or red, DeepLIFT is orange."""
+    marker = {"marker": "osD^vPX*<>"[position % 10], "ms": 4}
+    for family, colour in _FAMILIES:
+        if family in name:
+            return {"color": colour, "ls": "-" if family == "deeplift" else "--", **marker}
+    return {"color": _OTHERS[position % len(_OTHERS)], "ls": "-", **marker}
+
+
+def _panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure, list]:
+    figure, axes = plt.subplots(
+        1, count, figsize=(width * count, height), squeeze=False, layout="constrained"
+    )
+    return figure, list(axes[0])
+
+
+def curves(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str = "recipe",
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    base: str = "",
+    log: bool = False,
+) -> Figure:
+    """Lines over a knob, a panel for each network, a band over seeds where there are several.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With columns dataset, model, knob and those named by the other parameters.
+    x, y, hue : str
+        Columns of the axes and of the lines. Rows of one line and one knob are averaged.
+    xlabel, ylabel : str
+        Axis labels; the column's name by default.
+    base : str
+        Column whose mean is drawn as a horizontal line, the uncompressed network.
+    log : bool
+        Logarithmic x axis.
+
+    Returns
+    -------
+    Figure
+    """
+    groups = list(table.groupby(["dataset", "model"], sort=False))
+    figure, axes = _panels(len(groups))
+    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+        for position, (name, line) in enumerate(part.groupby(hue, sort=False)):
+            means = line.groupby("knob")[[x, y]].agg(["mean", "min", "max"])
+            means = means.sort_values((x, "mean"))
+            style = _style(str(name), position)
+            axis.plot(means[x]["mean"], means[y]["mean"], label=name, lw=1.6, **style)
+            if line["seed"].nunique() > 1:
+                axis.fill_between(
+                    means[x]["mean"], means[y]["min"], means[y]["max"], alpha=0.12, lw=0,
+                    color=style["color"],
+                )  # fmt: skip
+        if base:
+            axis.axhline(part[base].mean(), color="black", lw=0.8, ls=":", label="uncompressed")
+        if log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", labelrotation=30)
+        axis.set(title=f"{model} on {dataset}", xlabel=xlabel or x, ylabel=ylabel or y)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    return figure
+
+
+def before_and_after(compressed, before: float, after: float) -> Figure:
+    """Bytes of each layer as float32 and in the file, and the accuracy of both networks.
+
+    Parameters
+    ----------
+    compressed : Compressed
+        The file's content.
+    before, after : float
+        Accuracies in percent.
+
+    Returns
+    -------
+    Figure
+    """
+    table = compressed.summary()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(3, 1)
+    )
+    place = np.arange(len(table))
+    left.barh(place - 0.2, 4 * table["weights"], 0.4, color=GREY, label="float32")
+    left.barh(place + 0.2, table["bytes"], 0.4, color=BLUE, label="in the file")
+    left.set_yticks(place, table["layer"])
+    left.invert_yaxis()
+    left.set(xscale="log", xlabel="bytes", title="size")
+    left.legend()
+    right.bar(["before", "after"], [before, after], color=[GREY, BLUE], width=0.6)
+    for column, value in enumerate((before, after)):
+        right.text(column, value, f"{value:.1f} %", ha="center", va="bottom")
+    right.set(ylim=(min(before, after) - 5, 101), title="test accuracy", ylabel="%")
+    return figure
+
+
+def histograms(scores: dict[str, Tensor], title: str = "") -> Figure:
+    """Distribution of scores in each layer, with the half that the paper's rule removes shaded.
+
+    Parameters
+    ----------
+    scores : dict of str to Tensor
+        Signed scores.
+    title : str
+        Of the figure.
+
+    Returns
+    -------
+    Figure
+    """
+    chosen = list(scores.items())
+    chosen = chosen if len(chosen) <= 4 else [chosen[i] for i in (0, 1, len(chosen) // 2, -1)]
+    figure, axes = _panels(len(chosen), height=2.8, width=3.2)
+    for axis, (name, score) in zip(axes, chosen, strict=True):
+        values = score.flatten().numpy()
+        limit = np.quantile(np.abs(values), 0.98) or 1.0
+        bins = np.linspace(-limit, limit, 62)
+        counts, _ = np.histogram(np.clip(values, -limit, limit), bins)
+        removed = bins[1:] <= 1e-12 * limit
+        axis.bar(bins[:-1], counts, np.diff(bins), align="edge",
+                 color=np.where(removed, GREY, BLUE), alpha=0.85)  # fmt: skip
+        axis.axvspan(-limit, 0, color=GREY, alpha=0.15, lw=0)
+        axis.set_yscale("log")
+        share = float((score <= 0).float().mean())
+        axis.set(title=name, xlabel="relevance")
+        axis.text(0.03, 0.94, f"{share:.0%} removed", transform=axis.transAxes, va="top")
+    axes[0].set_ylabel("weights")
+    figure.suptitle(title)
+    return figure
+
+
+def heatmaps(images: Tensor, relevance: dict[str, Tensor], title: str = "") -> Figure:
+    """Input images above their relevance, a row for each rule; red for, blue against the class.
+
+    Parameters
+    ----------
+    images : Tensor
+        [N, C, H, W].
+    relevance : dict of str to Tensor
+        By row label, each shaped like the images; channels are added up.
+    title : str
+        Of the figure.
+
+    Returns
+    -------
+    Figure
+    """
+    rows, columns = len(relevance) + 1, len(images)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.15 * columns + 1, 1.2 * rows + 0.3), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for column, image in enumerate(images):
+        low, high = image.amin(), image.amax()
+        picture = ((image - low) / (high - low)).permute(1, 2, 0).numpy()
+        axes[0, column].imshow(picture.squeeze(), cmap="gray")
+        for row, values in enumerate(relevance.values(), 1):
+            _signed(axes[row, column], values[column].sum(0))
+    for axis, label in zip(axes[:, 0], ["input", *relevance], strict=True):
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    _bare(axes)
+    figure.suptitle(title)
+    return figure
+
+
+def _bare(axes) -> None:
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.grid(False)
+
+
+def _signed(axis, values: Tensor) -> None:
+    limit = float(values.abs().max()) or 1.0
+    axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+
+
+def filters(weight: Tensor, relevance: Tensor, count: int = 12) -> Figure:
+    """First-layer filters above the relevance of their weights, most relevant filter first.
+
+    Parameters
+    ----------
+    weight, relevance : Tensor
+        [filters, channels, height, width]; channels are added up.
+    count : int
+        Filters shown at most.
+
+    Returns
+    -------
+    Figure
+    """
+    order = relevance.flatten(1).sum(1).argsort(descending=True)[:count]
+    figure, axes = plt.subplots(
+        2, len(order), figsize=(0.9 * len(order) + 1, 2.2), layout="constrained", squeeze=False
+    )
+    for column, index in enumerate(order.tolist()):
+        _signed(axes[0, column], weight[index].sum(0))
+        _signed(axes[1, column], relevance[index].sum(0))
+    for axis, label in zip(axes[:, 0], ("weight", "relevance"), strict=True):
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    _bare(axes)
+    return figure
+
+
+def bars(table: pd.DataFrame, x: str, y: str, hue: str, *, ylabel: str = "") -> Figure:
+    """Grouped bars, such as bits per layer by recipe; a panel for each network.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With columns dataset and model, and those named by the other parameters.
+    x, y, hue : str
+        Columns of the groups, the heights and the bars of a group.
+    ylabel : str
+        Axis label; the column's name by default.
+
+    Returns
+    -------
+    Figure
+    """
+    groups = list(table.groupby(["dataset", "model"], sort=False))
+    figure, axes = _panels(len(groups), width=6)
+    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+        wide = part.pivot_table(index=x, columns=hue, values=y, sort=False)
+        colours = [_style(str(name), i)["color"] for i, name in enumerate(wide.columns)]
+        wide.plot.bar(ax=axis, color=colours, width=0.8, legend=False)
+        axis.set(title=f"{model} on {dataset}", xlabel="", ylabel=ylabel or y)
+        axis.set_xticklabels(wide.index, rotation=45, ha="right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    return figure
+
+
+def matrix(values: pd.DataFrame, title: str = "", low: float = -1, high: float = 1) -> Figure:
+    """A labelled matrix with its numbers, such as rank correlations.
+
+    Parameters
+    ----------
+    values : DataFrame
+        Rows and columns as shown.
+    title : str
+        Of the figure.
+    low, high : float
+        Ends of the colour scale.
+
+    Returns
+    -------
+    Figure
+    """
+    rows, columns = values.shape
+    figure, axis = plt.subplots(
+        figsize=(0.62 * columns + 2.6, 0.45 * rows + 1.6), layout="constrained"
+    )
+    axis.imshow(values, cmap="RdBu_r" if low < 0 else "viridis", vmin=low, vmax=high, aspect="auto")
+    for (row, column), value in np.ndenumerate(values.to_numpy()):
+        strong = abs(value - (low + high) / 2) > 0.35 * (high - low)
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                  color="white" if strong else "black")  # fmt: skip
+    axis.set_xticks(range(columns), values.columns, rotation=45, ha="right")
+    axis.set_yticks(range(rows), values.index)
+    axis.grid(False)
+    axis.set_title(title)
+    return figure
+
+
+def samples(images: Tensor, labels: Tensor, columns: int = 10) -> Figure:
+    """A row of images with their labels.
+
+    Parameters
+    ----------
+    images, labels : Tensor
+        [N, C, H, W] and int64 [N].
+    columns : int
+        Images shown at most.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = plt.subplots(1, columns, figsize=(columns, 1.3), layout="constrained")
+    for axis, image, label in zip(axes, images, labels.tolist(), strict=False):
+        low, high = image.amin(), image.amax()
+        axis.imshow(((image - low) / (high - low)).permute(1, 2, 0).squeeze(), cmap="gray")
+        axis.set_title(str(label))
+    _bare(axes)
+    return figure
+
+
+def spearman(scores: list[dict[str, Tensor]]) -> np.ndarray:
+    """Rank correlations between scores of the same weights.
+
+    Parameters
+    ----------
+    scores : list of dict of str to Tensor
+        K score dictionaries with the same names and shapes.
+
+    Returns
+    -------
+    ndarray
+        float64 [K, K].
+    """
+    flat = [torch.cat([value.flatten() for value in score.values()]) for score in scores]
+    ranks = torch.stack([f.argsort().argsort().double() for f in flat])
+    return np.corrcoef(ranks.numpy())

@@ -1,0 +1,444 @@
+"""The one pipeline: a recipe turns a network and reference images into a compressed file."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lib import prune, quantize, reconstruct
+from lib.allocate import tier_shares, unit_weights
+from lib.codec import Compressed, Constant
+from lib.criteria import CRITERIA
+from lib.models import batchnorm_pairs, fold_batchnorm
+from lib.quantize import Codes
+from lib.train import Batches, evaluate, finetune
+
+__all__ = ["RECIPES", "Compressed", "Prepared", "Recipe", "compress", "encode", "prepare"]
+
+PRUNING = ("none", "nonpositive", "top", "filters")
+TIERS = (0, 2, 4, 8)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+KNOBS = {"tiers": "bits", "uniform": "bits", "layers": "bits", "rate-distortion": "lam"}
+KNOB_VALUES = {
+    "tiers": [8 - step / 10 for step in range(61)],
+    "uniform": [8, 7, 6, 5, 4, 3, 2],
+    "layers": [8 - step / 10 for step in range(71)],
+    "rate-distortion": [10 ** (step / 20 - 9) for step in range(161)],
+}
+"""Settings of each quantizer's knob that a budget is searched over, largest file first."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the comparison: criterion, pruning rule, precision and repair.
+
+    Attributes
+    ----------
+    criterion : str
+        A key of ``CRITERIA``: the scores that rank weights.
+    pruning : str
+        ``none``; ``nonpositive``: remove scores <= 0; ``top``: keep the share ``density`` with
+        the highest scores; ``filters``: keep the share ``density`` of each layer's filters with
+        the highest summed score, and of the other layers' weights.
+    density : float
+        Share kept by ``top`` and ``filters``, in (0, 1].
+    rounds : int
+        Removal in this many rounds, scored anew before each.
+    fraction : float
+        ``nonpositive`` only: share of the non-positive weights that a round removes, those
+        nearest zero first. One round at 1 is the literal rule.
+    refit : bool
+        After each round, refit the kept weights to the dense layers' outputs (no labels).
+    finetune : int
+        Adam steps with labels after the last round; needs ``train``.
+    quantizer : str
+        ``tiers``: k classes of weights by score, more bits for higher scores; ``uniform``: the
+        same bits for all; ``layers``: one integer width per layer by importance, k-means weight
+        sharing; ``rate-distortion``: minimise relevance-weighted damage + lam * bits.
+    bits : float
+        Mean width of ``tiers``, ``uniform`` and ``layers``.
+    lam : float
+        Damage that one bit may cost, for ``rate-distortion``.
+    precision : str
+        What decides the bits: a criterion; with ``rate-distortion`` also ``alike`` or
+        ``shuffled:<criterion>`` (see ``lib.allocate``); empty: the same as ``criterion``.
+    """
+
+    criterion: str = "lrp-epsilon"
+    pruning: str = "nonpositive"
+    density: float = 0.5
+    rounds: int = 1
+    fraction: float = 1.0
+    refit: bool = False
+    finetune: int = 0
+    quantizer: str = "tiers"
+    bits: float = 4.0
+    lam: float = 1e-6
+    precision: str = ""
+
+    def __post_init__(self):
+        for name in (self.criterion, self.decides.removeprefix("shuffled:")):
+            if name != "alike":
+                CRITERIA[name]  # raises for an unknown name, and lists the known
+        if self.pruning not in PRUNING:
+            raise ValueError(f"unknown pruning {self.pruning!r}; known: {', '.join(PRUNING)}")
+        if self.quantizer not in KNOBS:
+            raise ValueError(f"unknown quantizer {self.quantizer!r}; known: {', '.join(KNOBS)}")
+        if self.rounds < 1 or not 0 < self.density <= 1:
+            raise ValueError("rounds must be at least 1 and density in (0, 1]")
+
+    @property
+    def decides(self) -> str:
+        """The criterion that decides the bits."""
+        return self.precision or self.criterion
+
+
+_OURS = Recipe(
+    criterion="lrp-epsilon/contrastive",
+    rounds=4,
+    fraction=0.5,
+    refit=True,
+    quantizer="rate-distortion",
+)
+_BASELINE = Recipe(criterion="deeplift", pruning="filters", density=0.8, quantizer="layers")
+
+RECIPES: dict[str, Recipe] = {
+    "uniform": Recipe(criterion="magnitude", pruning="none", quantizer="uniform"),
+    "magnitude": Recipe(criterion="magnitude", pruning="top", quantizer="uniform"),
+    "lrp-paper": Recipe(),
+    "lrp-paper-finetuned": Recipe(finetune=300),
+    "random-paper": Recipe(criterion="random"),
+    "reversed-paper": Recipe(criterion="reversed:lrp-epsilon"),
+    "deeplift-baseline": _BASELINE,
+    "deeplift-baseline-finetuned": replace(_BASELINE, finetune=300),
+    "lrp-gradual": replace(_OURS, quantizer="tiers"),
+    "lrp-rd": replace(_OURS, pruning="none", rounds=1),
+    "lrp-gradual-rd": _OURS,
+}
+
+
+@dataclass
+class Prepared:
+    """A network pruned and repaired, with all that its encoding needs; see ``prepare``.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The user's model, as given.
+    working : nn.Module
+        Its folded copy after pruning, refitting and fine-tuning.
+    masks : dict of str to Tensor
+        bool, True = kept; keyed by weight name.
+    scores : dict of str to Tensor
+        Scores that decide the bits (absent for ``alike``), of the working network.
+    moments : dict of str to Tensor
+        Covariances of the layers' inputs, whose means are left to the biases; only for
+        ``rate-distortion``.
+    units : dict of str to Tensor
+        Weight of each output unit's squared error; only for ``rate-distortion``.
+    images : Tensor
+        The reference images.
+    """
+
+    model: nn.Module
+    working: nn.Module
+    masks: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    units: dict[str, Tensor]
+    images: Tensor
+
+
+def _fold_scale(model: nn.Module, folded: nn.Module, name: str) -> Tensor:
+    """Factor by which folding multiplied each weight; one where that is not defined."""
+    before, after = model.get_parameter(name).detach(), folded.get_parameter(name).detach()
+    scale = (after / before).abs()
+    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+
+
+def _score(name, working, images, labels, scales) -> dict[str, Tensor]:
+    scores = CRITERIA[name](working, images, labels)
+    if name.removeprefix("reversed:") == "magnitude":
+        # Folding multiplied each row by its BatchNorm's gain; weights are ranked as trained.
+        return {key: score / scales[key] for key, score in scores.items()}
+    return scores
+
+
+def _next_masks(recipe: Recipe, scores, masks, round_: int) -> dict[str, Tensor]:
+    if recipe.pruning == "nonpositive":
+        return prune.nonpositive_nearest(scores, recipe.fraction, mask=masks)
+    density = recipe.density ** ((round_ + 1) / recipe.rounds)
+    scores = {name: score.masked_fill(~masks[name], -math.inf) for name, score in scores.items()}
+    if recipe.pruning == "top":
+        return prune.keep_top(scores, density)
+    flat = {name: score for name, score in scores.items() if score.ndim == 2}
+    unstructured = prune.keep_top(flat, density) if flat else {}
+    return prune.intersect(prune.filters(scores, density, scope="layer"), unstructured)
+
+
+def prepare(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    train: Batches | None = None,
+    seed: int = 0,
+) -> Prepared:
+    """Score, prune, refit and fine-tune: all of a recipe that does not depend on its size.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    images, labels : Tensor
+        Reference images [N, ...] and int64 labels [N], from the training split.
+    recipe : Recipe
+        What to do.
+    train : tuple of Tensor, or iterable of batches, optional
+        Training data, for recipes that fine-tune.
+    seed : int
+        Of the order in fine-tuning.
+
+    Returns
+    -------
+    Prepared
+
+    Raises
+    ------
+    ValueError
+        A recipe that fine-tunes without ``train``; unusable images, labels or model (see
+        ``lib.relevance``).
+    """
+    if recipe.finetune and train is None:
+        raise ValueError("this recipe fine-tunes: give it train=(images, labels) or a DataLoader")
+    dense = fold_batchnorm(model)
+    scores = CRITERIA["magnitude"](dense, images, labels)
+    scales = {name: _fold_scale(model, dense, name) for name in scores}
+    masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    working = copy.deepcopy(dense)
+    for round_ in range(recipe.rounds if recipe.pruning != "none" else 0):
+        scores = _score(recipe.criterion, working, images, labels, scales)
+        masks = _next_masks(recipe, scores, masks, round_)
+        working = prune.apply(working, masks)
+        if recipe.refit:
+            working = reconstruct.refit(dense, working, masks, images)
+    if recipe.finetune:
+        working = finetune(working, masks, train, steps=recipe.finetune, seed=seed)
+    moments, units = {}, {}
+    if recipe.quantizer == "rate-distortion":
+        moments = reconstruct.input_moments(working, images, centered=True)
+        units = unit_weights(recipe.decides, working, images, labels)
+    elif recipe.quantizer != "uniform":
+        scores = _score(recipe.decides, working, images, labels, scales)
+    return Prepared(model, working, masks, scores, moments, units, images)
+
+
+def _codes(prepared: Prepared, recipe: Recipe) -> dict[str, Codes]:
+    weights = {name: prepared.working.get_parameter(name).detach() for name in prepared.masks}
+    masks, scores = prepared.masks, prepared.scores
+    if recipe.quantizer == "rate-distortion":
+        return {name: _distort(prepared, recipe.lam, name, w) for name, w in weights.items()}
+    if recipe.quantizer == "tiers":
+        shares = tier_shares(scores, masks, TIERS, recipe.bits)
+        return {
+            n: quantize.score_tiers(w, scores[n], widths=TIERS, shares=shares[n], mask=masks[n])
+            for n, w in weights.items()
+        }
+    if recipe.quantizer == "layers":
+        importance = {n: float(s.abs().mean()) for n, s in scores.items()}
+        numel = {name: weight.numel() for name, weight in weights.items()}
+        widths = quantize.layer_widths(importance, numel, recipe.bits, WIDTHS)
+        return {n: quantize.kmeans(w, widths[n], mask=masks[n]) for n, w in weights.items()}
+    return {
+        name: quantize.uniform(weight, round(recipe.bits), mask=masks[name])
+        for name, weight in weights.items()
+    }
+
+
+def _distort(prepared: Prepared, lam: float, name: str, weight: Tensor) -> Codes:
+    if name not in prepared.moments:
+        # Embeddings, attention and transposed convolutions: no second moment of inputs is known.
+        return quantize.uniform(weight, 8, mask=prepared.masks[name])
+    return quantize.rate_distortion(
+        weight,
+        second_moment=prepared.moments[name],
+        unit_weight=prepared.units[name],
+        lam=lam,
+        mask=prepared.masks[name],
+    )
+
+
+def _entries(prepared: Prepared, working: nn.Module, codes: dict[str, Codes]) -> dict:
+    """Content for the user's state_dict: folded BatchNorms become neutral, biases float16."""
+    state = {name: value.detach().cpu() for name, value in working.state_dict().items()}
+    biases = [name.removesuffix("weight") + "bias" for name in codes]
+    entries = state | codes | {name: _half(state[name]) for name in biases if name in state}
+    for norm_path, layer_path in batchnorm_pairs(prepared.model).items():
+        norm, shift = prepared.model.get_submodule(norm_path), entries[f"{layer_path}.bias"]
+        neutral = {
+            "weight": 1.0,
+            "bias": shift,
+            "running_mean": 0.0 if norm.affine else -shift,
+            "running_var": 1.0 - norm.eps,
+            "num_batches_tracked": 0,
+        }
+        for name, value in norm.state_dict().items():
+            entries[f"{norm_path}.{name}"] = _filled(neutral[name], value)
+        if prepared.model.get_submodule(layer_path).bias is not None:
+            entries[f"{layer_path}.bias"] = _filled(0.0, shift)
+    return {name: entries[name] for name in prepared.model.state_dict()}
+
+
+def _half(values: Tensor) -> Tensor:
+    halved = values.half()
+    return halved if bool(halved.isfinite().all()) else values
+
+
+def _filled(content: Tensor | float, like: Tensor) -> Tensor | Constant:
+    if isinstance(content, Tensor):
+        return content
+    return Constant(torch.tensor(content, dtype=like.dtype), tuple(like.shape))
+
+
+def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
+    """Quantize and code a prepared network.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        From ``prepare`` with a recipe that differs at most in ``bits`` and ``lam``.
+    recipe : Recipe
+        The quantizer and its knob.
+
+    Returns
+    -------
+    Compressed
+    """
+    codes = _codes(prepared, recipe)
+    working = copy.deepcopy(prepared.working)
+    with torch.no_grad():
+        for name, code in codes.items():
+            parameter = working.get_parameter(name)
+            parameter.copy_(code.decode())
+    corrected = reconstruct.bias_correction(prepared.working, working, prepared.images)
+    return Compressed(_entries(prepared, corrected, codes))
+
+
+def _search(fits: Callable[[Compressed], bool], at: Callable, knobs: list[float], last: bool):
+    """First (or last) result that fits along knobs ordered from the largest file to the smallest.
+
+    A budget of bytes fits from some knob on, so the first is the most accurate; a budget of
+    accuracy fits up to some knob, so the last is the smallest file.
+    """
+    low, high, best = 0, len(knobs) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        candidate = at(knobs[middle])
+        good = fits(candidate)
+        best = candidate if good else best
+        if good == last:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _budget(bits, ratio, max_drop, val) -> str | None:
+    given = {"bits": bits, "ratio": ratio, "max_drop": max_drop}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"give one budget, not {' and '.join(given)}")
+    for name, value in given.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    if max_drop is not None and val is None:
+        raise ValueError("max_drop is measured on validation data: give val=(images, labels)")
+    return next(iter(given), None)
+
+
+def compress(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: str | Recipe = "lrp-paper",
+    train: Batches | None = None,
+    *,
+    val: tuple[Tensor, Tensor] | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    max_drop: float | None = None,
+    seed: int = 0,
+) -> Compressed:
+    """Compress a network by a recipe.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any feed-forward network that ``lib.relevance`` accepts; not changed.
+    images, labels : Tensor
+        Reference images [N, ...] and int64 labels [N], taken from the training data.
+    recipe : str or Recipe
+        A key of ``RECIPES``, or a recipe of your own.
+    train : tuple of Tensor, or iterable of batches, optional
+        Training data, for recipes that fine-tune.
+    val : tuple of Tensor, optional
+        Validation images and labels, for ``max_drop``.
+    bits, ratio, max_drop : float, optional
+        At most one budget, met by search over the recipe's knob on the size of the real file:
+        the best that takes at most ``bits`` per weight (all bytes of the file counted); that is
+        at least ``ratio`` times smaller than the float32 ``state_dict``; or the smallest that
+        loses at most ``max_drop`` points of accuracy on ``val``.
+    seed : int
+        Of the order in fine-tuning.
+
+    Returns
+    -------
+    Compressed
+        ``save`` it, ``to_model`` it.
+
+    Raises
+    ------
+    ValueError
+        Unknown recipe (the message lists the known ones), unusable input, or a budget that
+        cannot be met (the message says what can).
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        recipe = RECIPES[recipe]
+    budget = _budget(bits, ratio, max_drop, val)
+    prepared = prepare(model, images, labels, recipe, train, seed)
+    if budget is None:
+        return encode(prepared, recipe)
+
+    knob = KNOBS[recipe.quantizer]
+    tried = []
+
+    def at(value: float) -> Compressed:
+        tried.append(encode(prepared, replace(recipe, **{knob: value})))
+        return tried[-1]
+
+    if budget == "max_drop":
+        floor = evaluate(model, *val) - max_drop
+
+        def fits(result: Compressed) -> bool:
+            return evaluate(result.to_model(model), *val) >= floor
+    else:
+        floats = sum(4 * value.numel() for value in model.state_dict().values())
+        weights = sum(mask.numel() for mask in prepared.masks.values())
+        most = weights * bits / 8 if budget == "bits" else floats / ratio
+
+        def fits(result: Compressed) -> bool:
+            return result.nbytes <= most
+
+    best = _search(fits, at, KNOB_VALUES[recipe.quantizer], last=budget == "max_drop")
+    if best is None:
+        smallest = min(result.nbytes for result in tried)
+        raise ValueError(
+            f"no setting of {knob!r} meets {budget}={bits or ratio or max_drop}; the smallest "
+            f"file tried has {smallest} bytes. Prune more, or ask for less"
+        )
+    return best

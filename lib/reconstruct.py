@@ -1,0 +1,324 @@
+"""Closed-form repair of pruned and quantized networks: no labels, no training.
+
+Layers are visited in the order of the forward pass. Each is fitted to what the dense network's
+layer puts out, from the inputs which the repaired network gives it, so that errors made before it
+are compensated as well. Linear, Conv1d and Conv2d layers of any stride, padding, dilation and
+grouping are handled; others are left as they are. All models given stay untouched.
+"""
+
+import copy
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib import prune
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
+
+
+def input_moments(model: nn.Module, images: Tensor, *, batch_size: int = 50,
+                  centered: bool = False) -> dict[str, Tensor]:
+    """Second moments of the inputs of every linear and convolutional layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Run in eval mode, on its own device.
+    images : Tensor
+        float32 [N, ...].
+    batch_size : int
+        Images per forward pass; bounds the memory taken by unfolded patches.
+    centered : bool
+        Take what is left when the bias is chosen best for any change of the weights, i.e. the
+        covariance: right when biases are corrected afterwards. Layers without a bias keep the
+        plain moment.
+
+    Returns
+    -------
+    dict of Tensor
+        float32 by weight name: [d, d], or [groups, d, d] for grouped convolutions, where
+        d = weight[0].numel(). Layers the model does not run are absent.
+
+    Raises
+    ------
+    ValueError
+        If there are no images or they hold values that are not finite.
+
+    Notes
+    -----
+    H = 1/N Σ_n Σ_p a_np a_npᵀ with a_np the patch of image n at position p, ordered as the
+    flattened weight; the sum over positions makes δᵀ H δ the error energy of one unit per image,
+    comparable between layers. Centered, P·N·ā āᵀ/N is subtracted, ā the mean patch of P positions.
+    """
+    _check(images)
+    model, sums = copy.deepcopy(model).eval(), {}
+
+    def accumulate(name):
+        def hook(layer, inputs, output):
+            patches = _patches(layer, inputs[0])
+            gram = patches @ patches.mT
+            sums[name] = sums[name] + gram if name in sums else gram
+        return hook
+
+    layers = _layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_hook(accumulate(name))
+    with torch.no_grad():
+        for batch in images.split(batch_size):
+            model(batch.to(_device(model)))
+    moments = {}
+    for name, gram in sums.items():
+        moment = gram[:, :-1, :-1]
+        if centered and layers[name].bias is not None:
+            total = gram[:, :-1, -1:]
+            moment = moment - total @ total.mT / gram[:, -1:, -1:]
+        moment = moment / len(images)
+        moments[f"{name}.weight"] = moment if len(moment) > 1 else moment[0]
+    return moments
+
+
+def refit(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: Tensor, *,
+          batch_size: int = 50, ridge: float = 1e-3) -> nn.Module:
+    """Refit the kept weights and biases of a pruned network by least squares, layer by layer.
+
+    Parameters
+    ----------
+    dense, pruned : nn.Module
+        The network before and after pruning, of one architecture; run in eval mode.
+    masks : dict of Tensor
+        bool by weight name, True = kept. Layers without a mask are left as they are.
+    images : Tensor
+        float32 [N, ...], a few hundred are enough; labels are not needed.
+    batch_size : int
+        Images per forward pass; bounds the memory taken by unfolded patches.
+    ridge : float
+        Positive strength that ties the weights to the present ones, relative to the mean diagonal
+        of the inputs' second moment; decides directions that the images leave open.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``pruned``; removed weights are exactly zero.
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit the model, the images are unusable or the ridge is not positive.
+
+    Notes
+    -----
+    For each unit k with kept inputs S the weights and the bias minimise
+
+        Σ_np (w_Sᵀ a_np,S + b − z_np)² + ρ ‖w_S − w⁰_S‖²
+
+    where z is the dense layer's pre-activation and a the input in the network repaired so far. A
+    Cholesky factor solves it when all units share a mask; otherwise conjugate gradients run for
+    all units at once, from the present weights.
+
+    References
+    ----------
+    Frantar, Alistarh: Optimal Brain Compression, NeurIPS 2022, eq. 1: the layer-wise problem.
+    """
+    _check(images)
+    if not ridge > 0:
+        raise ValueError(f"ridge must be positive, not {ridge}")
+    repaired = prune.apply(pruned, masks)
+    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired):
+        for name, calls in _order(repaired, images[:1]).items():
+            layer = repaired.get_submodule(name)
+            if f"{name}.weight" not in masks:
+                continue
+            gram = cross = 0
+            for (inputs, _), (_, target) in zip(
+                    _run(repaired, name, images, batch_size, calls),
+                    _run(dense, name, images, batch_size, calls), strict=True):
+                patches, target = _patches(layer, inputs), _units(layer, target)
+                gram = gram + (patches @ patches.mT).double()
+                cross = cross + (target @ patches.mT).double()
+            _fit(layer, masks[f"{name}.weight"], gram, cross, ridge)
+    return repaired
+
+
+def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor, *,
+                    batch_size: int = 50) -> nn.Module:
+    """Correct biases so that each channel's mean pre-activation is the dense network's.
+
+    Parameters
+    ----------
+    dense, quantized : nn.Module
+        The network before and after compression, of one architecture; run in eval mode.
+    images : Tensor
+        float32 [N, ...].
+    batch_size : int
+        Images per forward pass.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``quantized``; layers without a bias are as they were.
+
+    Raises
+    ------
+    ValueError
+        If there are no images or they hold values that are not finite.
+
+    References
+    ----------
+    Nagel et al.: Data-Free Quantization Through Weight Equalization and Bias Correction,
+    ICCV 2019, section 4.2, here with measured means.
+    """
+    _check(images)
+    corrected = copy.deepcopy(quantized)
+    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(corrected):
+        for name, calls in _order(corrected, images[:1]).items():
+            layer = corrected.get_submodule(name)
+            if layer.bias is None:
+                continue
+            means = []
+            for model in (dense, corrected):
+                outputs = [_units(layer, output).double().flatten(0, 1)
+                           for _, output in _run(model, name, images, batch_size, calls)]
+                means.append(sum(o.sum(1) for o in outputs) / sum(o.shape[1] for o in outputs))
+            layer.bias.data += (means[0] - means[1]).to(layer.bias.dtype)
+    return corrected
+
+
+def _fit(layer, mask, gram, cross, ridge):
+    """Solve a layer's normal equations [g, D, D], [g, rows, D]; the last column is the bias."""
+    groups, rows, columns = cross.shape
+    weight = layer.weight.data.reshape(groups, rows, -1).double()
+    kept = mask.to(weight.device).reshape(groups, rows, -1)
+    if layer.bias is None:
+        gram, cross = gram[:, :-1, :-1], cross[..., :-1]
+    else:
+        weight = torch.cat([weight, layer.bias.data.reshape(groups, rows, 1).double()], 2)
+        kept = F.pad(kept, (0, 1), value=True)
+    inputs = columns - 1
+    scale = gram.diagonal(dim1=1, dim2=2)[:, :inputs].mean(1, keepdim=True)
+    scale = torch.where(scale > 0, ridge * scale, 1)
+    gram.diagonal(dim1=1, dim2=2)[:, :inputs] += scale
+    cross[..., :inputs] += scale[:, :, None] * weight[..., :inputs]
+    for group in range(groups):
+        weight[group] += _solve(gram[group], kept[group],
+                                (cross[group] - weight[group] @ gram[group]) * kept[group])
+    layer.weight.data.copy_(weight[..., :inputs].reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.data.copy_(weight[..., -1].flatten())
+
+
+def _solve(gram, kept, residual):
+    """Changes [rows, D] of kept weights for which the masked residual [rows, D] vanishes."""
+    change = torch.zeros_like(residual)
+    if (kept == kept[0]).all():
+        inputs = kept[0].nonzero().squeeze(1)
+        factor = torch.linalg.cholesky(gram[inputs[:, None], inputs])
+        change[:, inputs] = torch.cholesky_solve(residual[:, inputs].mT, factor).mT
+        return change
+    if len(gram) > LARGE:
+        return _conjugate_gradients(gram.float(), kept, residual.float(), 40, 3e-3).double()
+    return _conjugate_gradients(gram, kept, residual, 300)
+
+
+def _conjugate_gradients(gram, kept, residual, iterations, tolerance=1e-5):
+    """The same by conjugate gradients, preconditioned by the diagonal, all rows at once."""
+    scale, change, tiny = gram.diagonal().rsqrt(), torch.zeros_like(residual), 1e-30
+    gram, residual = gram * scale * scale[:, None], residual * scale
+    direction, energy = residual, residual.square().sum(1, keepdim=True)
+    enough = energy * tolerance**2
+    for _ in range(iterations):
+        image = direction @ gram * kept
+        step = energy / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        change, residual = change + step * direction, residual - step * image
+        before, energy = energy, residual.square().sum(1, keepdim=True)
+        if (energy <= enough).all():
+            break
+        direction = residual + energy / before.clamp(min=tiny) * direction
+    return change * scale
+
+
+def _patches(layer, inputs):
+    """Patches as columns [groups, d + 1, images · positions]; the last row is one, for the bias."""
+    if isinstance(layer, nn.Linear):
+        columns = inputs.reshape(1, -1, inputs.shape[-1]).mT
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+        shape = layer.kernel_size, layer.dilation, layer.stride
+        if isinstance(layer, nn.Conv1d):
+            inputs, shape = inputs.unsqueeze(2), [(1, *size) for size in shape]
+        columns = F.unfold(inputs, shape[0], dilation=shape[1], stride=shape[2])
+        columns = columns.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    return F.pad(columns, (0, 0, 0, 1), value=1)
+
+
+def _units(layer, outputs):
+    """Pre-activations [groups, units, images · positions]."""
+    if isinstance(layer, nn.Linear):
+        return outputs.reshape(1, -1, outputs.shape[-1]).mT
+    return outputs.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+class _Reached(Exception):
+    """Ends a forward pass once the layer has been seen."""
+
+
+def _run(model, name, images, batch_size, calls):
+    """Yield the layer's (input, output) of each call, batch by batch."""
+    seen = []
+
+    def hook(layer, inputs, output):
+        seen.append((inputs[0].clone(), output.clone()))
+        if len(seen) == calls:
+            raise _Reached
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    try:
+        for batch in images.split(batch_size):
+            seen.clear()
+            with suppress(_Reached), torch.no_grad():
+                model(batch.to(_device(model)))
+            yield from list(seen)
+    finally:
+        handle.remove()
+
+
+def _order(model, images):
+    """Layers in the order of the forward pass, with the number of their calls."""
+    trace = []
+    handles = [layer.register_forward_hook(lambda *_, name=name: trace.append(name))
+               for name, layer in _layers(model).items()]
+    try:
+        with torch.no_grad():
+            model(images.to(_device(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: trace.count(name) for name in trace}
+
+
+@contextmanager
+def _evaluating(model):
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+
+
+def _device(model):
+    return next(model.parameters()).device
+
+
+def _check(images):
+    if not len(images):
+        raise ValueError("there are no images")
+    if not images.isfinite().all():
+        raise ValueError("the images hold values that are not finite")

@@ -1,0 +1,192 @@
+"""Layer-wise relevance propagation down to every weight.
+
+The relevance of a connection is activation x weight x modified gradient, so that a score for every
+weight costs about one backward pass. See ``lib.relevance_rules`` for the rules and
+``lib.relevance_engine`` for the layers.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lib.relevance_data import AGGREGATES, STARTS, scored_weights
+from lib.relevance_layers import UnsupportedLayerError
+from lib.relevance_rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
+from lib.relevance_run import Run
+
+__all__ = [
+    "AGGREGATES", "COMPOSITES", "EPSILON", "RULES", "STARTS", "Rule", "UnsupportedLayerError",
+    "filter_relevance", "input_relevance", "scored_weights", "unit_sensitivity",
+    "weight_relevance",
+]  # fmt: skip
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def weight_relevance(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rule: RuleLike = "epsilon",
+    start: str = "target",
+    aggregate: str = "sum",
+    batch_size: int = 32,
+) -> dict[str, Tensor]:
+    """Relevance of every weight, aggregated over reference samples.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Classifier that returns logits [samples, classes]; not changed, scored in evaluation mode.
+    images : Tensor [samples, ...]
+        Inputs as the model takes them, on any device: normalised floats, or integer tokens.
+    labels : Tensor [samples], int64
+        True classes.
+    rule : str, Rule or mapping of module-path patterns to those
+        How layers share relevance: ``epsilon``, ``lrp-0``, ``zplus``, ``gamma``,
+        ``alpha2beta1``, ``flat``, ``box`` or a composite (``COMPOSITES``).
+    start : {"target", "contrastive", "softmax-gradient"}
+        Relevance of the logits z: ``z_t`` at the true class t; that and ``-z_k / (C - 1)`` at the
+        others; ``p_t (δ_kt - p_k)`` with ``p = softmax(z)``.
+    aggregate : {"sum", "abs", "rms"}
+        Over samples: signed sum; sum of absolute values; root of the mean square. Within a
+        sample, a weight's relevance is always summed over positions, and over the uses of a
+        weight that is used several times (an embedding tied to a linear layer: each use apart).
+    batch_size : int
+        Images propagated at a time; affects memory, and results by rounding only.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Name of each weight of a linear, convolution, transposed convolution, embedding or
+        attention layer -> relevance, shaped, typed and placed like the weight.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        The forward pass does something for which no rule is known; names the module.
+    ValueError
+        Empty, non-finite or mismatched data, labels outside the classes, unknown names, a model
+        without weights to score.
+
+    Notes
+    -----
+    ``R_jk = a_j w_jk R_k / (z_k + ε sign z_k)`` for the ε rule. BatchNorm is folded first, on a
+    copy. For ``epsilon`` a weight's relevance is the same as if scaling and shift were layers of
+    their own, since weight and gradient scale inversely; what the folded bias contributes to an
+    output belongs to no weight, so that a layer's weights sum to its output relevance only where
+    biases are zero. Normalisation that cannot be folded acts as a
+    linear map per channel with the ε rule and has no score.
+
+    References
+    ----------
+    Bach et al. 2015, PLoS ONE 10(7); Montavon et al. 2019, LNCS 11700, ch. 10; Becking et al. 2022,
+    ECQx (weights); Iwana et al. 2019, arXiv 1908.04351 (softmax-gradient); Ali et al. 2022, ICML
+    (normalisation); Achtibat et al. 2024, arXiv 2402.05602 (attention, products).
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"unknown aggregate {aggregate!r}; known: {', '.join(AGGREGATES)}")
+    run = Run(model, images, labels, rule, start, aggregate, batch_size)
+    for _ in run.batches():
+        pass
+    if aggregate == "rms":
+        return {name: (total / len(images)).sqrt_() for name, total in run.totals.items()}
+    return run.totals
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def input_relevance(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rule: RuleLike = "epsilon",
+    start: str = "target",
+    batch_size: int = 32,
+) -> Tensor:
+    """Relevance of every input value, one heatmap per image.
+
+    Parameters
+    ----------
+    model, images, labels, rule, start, batch_size
+        As for ``weight_relevance``; the images must be floating-point.
+
+    Returns
+    -------
+    Tensor
+        Shaped, typed and placed like the images.
+
+    Raises
+    ------
+    UnsupportedLayerError, ValueError
+        As for ``weight_relevance``; also ValueError for integer inputs.
+    """
+    if not images.is_floating_point():
+        raise ValueError("integer inputs have no relevance; score the embedding's weight")
+    run = Run(model, images, labels, rule, start, "input", batch_size)
+    return torch.cat(list(run.batches())).to(images.device)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def unit_sensitivity(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rule: RuleLike = "epsilon",
+    start: str = "target",
+    batch_size: int = 32,
+) -> dict[str, Tensor]:
+    """Mean squared relevance per activation of each output unit.
+
+    Parameters
+    ----------
+    model, images, labels, rule, start, batch_size
+        As for ``weight_relevance``.
+
+    Returns
+    -------
+    dict of str to Tensor [output units]
+        Weight name -> ``G_k``, at least 0: the weight that the squared quantization error of unit
+        k deserves. Units are the rows of the weight; for transposed convolutions the output
+        channels; for embeddings its rows.
+
+    Raises
+    ------
+    UnsupportedLayerError, ValueError
+        As for ``weight_relevance``.
+
+    Notes
+    -----
+    ``G_k`` is the mean over samples and positions of ``(R_k / z_k)²``, z being the output of the
+    layer with BatchNorm folded into it. ``R_k / z_k`` is the modified gradient that arrives at
+    the unit, so nothing is divided; to first order an error δ of the unit moves the started
+    output by ``δ R_k / z_k``.
+    """
+    run = Run(model, images, labels, rule, start, "units", batch_size)
+    for _ in run.batches():
+        pass
+    return {
+        name: run.totals[name] / run.counts[name] if name in run.totals else w.new_zeros(len(w))
+        for name, w in run.weights.items()
+    }
+
+
+def filter_relevance(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the scores of weights up to output channels.
+
+    Parameters
+    ----------
+    scores : mapping of str to Tensor [outputs, ...]
+        Weight name -> scores.
+
+    Returns
+    -------
+    dict of str to Tensor [outputs]
+        Weight name -> sum over everything but the first axis.
+    """
+    return {name: score.flatten(1).sum(1) for name, score in scores.items()}

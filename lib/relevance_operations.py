@@ -1,0 +1,165 @@
+"""Maps linear in input and weight: gradients, and weight relevance sample by sample."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Layout = tuple[int, bool]  # axis of the samples; whether they vary fastest in it
+DEPTH = 8  # samples whose weight relevance is formed at a time
+TILE = 1 << 20  # floats of it held at a time: what caches hold
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A dense layer (``options`` empty) or a convolution with torch's options of one.
+
+    Attributes
+    ----------
+    options : tuple
+        ``(stride, padding, dilation, transposed, output_padding, groups)``.
+    """
+
+    options: tuple = ()
+
+    def __call__(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.convolution(a, w, b, *self.options) if self.options else F.linear(a, w, b)
+
+    def backward(self, s, a, w, needs_input: bool, needs_weight: bool):
+        """Gradients of ``Σ s z`` for input and weight, None where not needed."""
+        if self.options:
+            mask = [needs_input, needs_weight, False]
+            backward = torch.ops.aten.convolution_backward
+            return backward(s, a, w, None, *self.options, mask)[:2]
+        return (
+            s @ w if needs_input else None,
+            s.flatten(0, -2).mT @ a.flatten(0, -2) if needs_weight else None,
+        )
+
+    def squares(self, a: Tensor, w: Tensor) -> Tensor:
+        """Sum of the squared input of each connection, shaped to broadcast with the weight."""
+        if not a.is_floating_point():  # rows of an embedding read a one
+            return torch.bincount(a.flatten(), minlength=len(w))[:, None]
+        if not self.options:
+            return a.square().flatten(0, -2).sum(0)
+        if self.options[3]:
+            return a.square().transpose(0, 1).flatten(1).sum(1).view(-1, *[1] * (w.dim() - 1))
+        one = w[:: len(w) // self.options[-1]]
+        positions = torch.convolution(a.to("meta"), one.to("meta"), None, *self.options)
+        ones = torch.ones_like(positions, device=a.device)
+        sums = self.backward(ones, a.square(), one, False, True)[1]
+        return sums.repeat_interleave(len(w) // len(one), 0)
+
+    def columns(self, s: Tensor, a: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Matrices whose product is the weight gradient of one sample.
+
+        Parameters
+        ----------
+        s, a : Tensor
+            Output gradient and input, samples first.
+        kernel : tuple of int
+            Spatial shape of the weight.
+
+        Returns
+        -------
+        Tensor [samples, groups, rows, positions], Tensor [samples, groups, positions, columns]
+        """
+        if not self.options:
+            s, a = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (s, a))
+            return s.mT, a
+        stride, padding, dilation, transposed, _, groups = self.options
+        if transposed:
+            s, a = a, s
+        patches = F.pad(a, [p for side in reversed(padding) for p in (side, side)])
+        for axis, (k, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+            patches = patches.unfold(axis, gap * (k - 1) + 1, step)[..., ::gap]
+            patches = patches.narrow(axis, 0, s.shape[axis])
+        n, dims = len(a), len(kernel)
+        patches = patches.unflatten(1, (groups, -1))
+        places, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+        patches = patches.permute(0, 1, 2, *taps, *places).reshape(
+            n, groups, -1, math.prod(s.shape[2:])
+        )
+        return s.reshape(n, groups, -1, patches.shape[-1]), patches.mT
+
+
+def per_sample(pieces: list, samples: int, power: int, total: Tensor) -> None:
+    """Add ``Σ_n |R_n|^power`` of one batch to a total, without a loop over samples.
+
+    Parameters
+    ----------
+    pieces : list of (Operation, s, a, w)
+        All contributions to the weight's relevance: sample n's is
+        ``R_n = Σ_pieces w ⊙ weight gradient(s_n, a_n)``.
+    samples : int
+        Images in the batch. Rows beyond that (tokens or frames folded into the first axis) are
+        taken as positions of the image they follow.
+    power : {1, 2}
+        1 sums absolute values, 2 squares.
+    total : Tensor
+        Shaped like the weight; changed in place.
+    """
+    weigh = torch.abs if power == 1 else torch.square
+    operation, s, a, w = pieces[0]
+    single = len(pieces) == 1
+    if single and s.dim() == 2:
+        total.addcmul_(weigh(s).mT @ weigh(a), weigh(w))
+        return
+    summed = torch.zeros_like(total)
+    for first in range(0, samples, DEPTH):
+        last = min(first + DEPTH, samples)
+        matrices = [_matrices(*piece, samples, first, last) for piece in pieces]
+        groups, rows, width = matrices[0][2].shape
+        out = summed.view(groups, rows, width)
+        height = max(1, TILE // (groups * width * DEPTH))
+        for row in range(0, rows, height):
+            band = slice(row, row + height)
+            tile = None
+            for left, right, w_rows in matrices:
+                product = left[:, :, band] @ right
+                if not single:
+                    product *= w_rows[:, band]
+                tile = product if tile is None else tile.add_(product)
+            out[:, band] += (tile.abs_() if power == 1 else tile.square_()).sum(0)
+    total += summed.mul_(weigh(w)) if single else summed
+
+
+def _matrices(operation: Operation, s, a, w, samples: int, first: int, last: int):
+    """``Operation.columns`` of some samples, positions of one sample side by side; the weight."""
+    s, a = (t[first * len(t) // samples : last * len(t) // samples] for t in (s, a))
+    left, right = operation.columns(s, a, tuple(w.shape[2:]))
+    if len(s) != last - first:
+        left = left.unflatten(0, (last - first, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        right = right.unflatten(0, (last - first, -1)).transpose(1, 2).flatten(2, 3)
+    return left, right, w.reshape(left.shape[1], left.shape[2], -1)
+
+
+def find_samples(batch: Tensor, single: Tensor, samples: int) -> Layout | None:
+    """Find the samples in a layer's input.
+
+    Parameters
+    ----------
+    batch : Tensor
+        What the layer reads for a batch of so many samples.
+    single : Tensor
+        What it reads for the first of them alone.
+
+    Returns
+    -------
+    Layout or None
+        None if the batch does not contain the sample by itself along one axis.
+    """
+    if samples == 1:
+        return (0, False)
+    sizes = enumerate(zip(batch.shape, single.shape, strict=False))
+    axis = next((d for d, (size, one) in sizes if size == samples * one), None)
+    if axis is None:
+        return None
+    parts = batch.unflatten(axis, (samples, -1)), batch.unflatten(axis, (-1, samples))
+    firsts = parts[0].select(axis, 0), parts[1].select(axis + 1, 0)
+    close = {"rtol": 1e-3, "atol": 1e-4 * float(single.abs().max())}
+    found = (first.shape == single.shape and torch.allclose(first, single, **close)
+             for first in firsts)  # fmt: skip
+    return next(((axis, bool(i)) for i, same in enumerate(found) if same), None)

@@ -1,0 +1,249 @@
+"""LRP rules: how one linear layer shares the relevance of an output among its contributions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-16
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One propagation rule with its constants.
+
+    Attributes
+    ----------
+    name : str
+        ``epsilon``, ``lrp-0``, ``zplus``, ``gamma``, ``alpha2beta1``; for the layer that reads the
+        images also ``flat`` and ``box``.
+    epsilon : float
+        Added to every denominator with its sign. The default is far below the rounding of
+        anything that matters, so that relevance is conserved; zennit's default is 1e-6.
+    gamma : float
+        Extra weight of the favoured sign in ``gamma``.
+    low, high : float or tuple of float, optional
+        Bounds of the images for ``box``, one number or one per channel; by default the least and
+        greatest value of the images given.
+
+    Notes
+    -----
+    With contributions ``c_jk = a_j w_jk``, ``R_jk = R_k c'_jk / (Σ_j c'_jk + b'_k)``, where c' is
+
+    ============  ===================================================================
+    epsilon       ``c``, the denominator being ``z_k + ε sign(z_k)``
+    zplus         ``max(c, 0)``, ``b' = max(b, 0)``
+    alpha2beta1   twice the share of ``max(c, 0)`` less the share of ``min(c, 0)``
+    gamma         ``c + γ max(c, 0)`` where ``z_k > 0``, ``c + γ min(c, 0)`` where ``z_k < 0``
+    flat          1 for every connection, ``b' = 0``
+    box           ``a w - low max(w, 0) - high min(w, 0)``, ``b' = 0``
+    ============  ===================================================================
+
+    A unit whose denominator is exactly zero distributes nothing.
+
+    References
+    ----------
+    Bach et al. 2015, PLoS ONE 10(7), eq. 58 (epsilon) and 60 (alpha-beta); Montavon et al. 2017,
+    Pattern Recognition 65 (zplus, box); Montavon et al. 2019, LNCS 11700, ch. 10 (gamma);
+    Lapuschkin et al. 2019, Nat. Commun. 10 (flat).
+    """
+
+    name: str = "epsilon"
+    epsilon: float = EPSILON
+    gamma: float = 0.25
+    low: float | tuple[float, ...] | None = None
+    high: float | tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.name not in RULES:
+            raise ValueError(f"unknown rule {self.name!r}; known: {', '.join(known())}")
+        if self.epsilon < 0 or self.gamma < 0:
+            raise ValueError("epsilon and gamma must not be negative")
+
+    def is_gradient(self, dtype: torch.dtype) -> bool:
+        """Whether the shares ``R_k / z_k`` equal the incoming gradient to machine precision."""
+        negligible = self.name == "epsilon" and self.epsilon < torch.finfo(dtype).eps ** 2
+        return negligible or self.name == "lrp-0"
+
+
+RULES = ("epsilon", "lrp-0", "zplus", "gamma", "alpha2beta1", "flat", "box")
+DIRECT = ("flat", "box")
+# name: rule of dense layers, of convolutions, of the first layer (None: like the others)
+COMPOSITES: dict[str, tuple[str, str, str | None]] = {
+    "epsilon-plus": ("epsilon", "zplus", None),
+    "epsilon-plus-flat": ("epsilon", "zplus", "flat"),
+    "epsilon-alpha2beta1": ("epsilon", "alpha2beta1", None),
+    "epsilon-alpha2beta1-flat": ("epsilon", "alpha2beta1", "flat"),
+    "epsilon-gamma-box": ("epsilon", "gamma", "box"),
+}
+RuleLike = str | Rule | Mapping[str, str | Rule]
+Chooser = Callable[[str, bool, bool], Rule]
+
+
+def known() -> tuple[str, ...]:
+    """Names that ``rule`` may have."""
+    return (*RULES, *COMPOSITES)
+
+
+def chooser(rule: RuleLike) -> Chooser:
+    """Turn what the user gave as ``rule`` into a choice for each layer.
+
+    Parameters
+    ----------
+    rule : str, Rule or mapping
+        A rule, the name of a rule or of a composite, or a mapping from patterns of module paths
+        (``"features.*"``) to those; the first pattern that fits decides, ``epsilon`` where none
+        does. ``flat`` and ``box`` alone stand for the first layer, with ``epsilon`` for the rest.
+
+    Returns
+    -------
+    callable
+        ``(module path, is a convolution, is the first layer) -> Rule``.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message lists the known ones.
+    """
+    if isinstance(rule, Rule):
+        others = Rule(epsilon=rule.epsilon) if rule.name in DIRECT else rule
+        return lambda path, convolution, first: rule if first else others
+    if isinstance(rule, Mapping):
+        choices = [(pattern, _chosen(choice)) for pattern, choice in rule.items()]
+        otherwise = chooser("epsilon")
+
+        def choose(path: str, convolution: bool, first: bool) -> Rule:
+            fitting = (c for pattern, c in choices if fnmatchcase(path, pattern))
+            return next(fitting, otherwise)(path, convolution, first)
+
+        return choose
+    if rule in COMPOSITES:
+        dense, conv, special = (name and Rule(name) for name in COMPOSITES[rule])
+        return lambda path, convolution, first: (
+            special if first and special else conv if convolution else dense
+        )
+    return chooser(Rule(rule))
+
+
+def _chosen(rule: str | Rule) -> Chooser:
+    """As ``chooser``, for layers that the user picked: each gets the very rule."""
+    rule = Rule(rule) if isinstance(rule, str) and rule in RULES else rule
+    return (lambda path, convolution, first: rule) if isinstance(rule, Rule) else chooser(rule)
+
+
+def bounded(choose: Chooser, images: Tensor) -> Chooser:
+    """Fill in the bounds of ``box`` rules that have none: the images' own."""
+
+    def fill(path: str, convolution: bool, first: bool) -> Rule:
+        rule = choose(path, convolution, first)
+        if rule.name != "box" or None not in (rule.low, rule.high):
+            return rule
+        low = float(images.min()) if rule.low is None else rule.low
+        return replace(rule, low=low, high=float(images.max()) if rule.high is None else rule.high)
+
+    return fill
+
+
+def share(g: Tensor, z: Tensor, denominator: Tensor, epsilon: float, sign: int = 0) -> Tensor:
+    """``g z / (d + ε sign d)``, and 0 where d is 0; overwrites d, whose sign may be known."""
+    if sign and epsilon:
+        denominator.add_(sign * epsilon)
+    else:
+        denominator.add_(torch.sign(denominator), alpha=epsilon)
+        denominator.masked_fill_(denominator == 0, torch.inf)
+    return torch.div(z, denominator, out=denominator).mul_(g)
+
+
+def terms(
+    rule: Rule, operation: Callable, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor
+) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+    """Split a layer's relevance into modified gradients.
+
+    Parameters
+    ----------
+    rule : Rule
+        How to share.
+    operation : callable
+        ``(input, weight, bias) -> output``, linear in input and weight.
+    g : Tensor
+        ``R / z`` of the outputs, shaped like them.
+    a, w, b, z : Tensor
+        The layer's input, weight, bias (or None) and output; the output is read only if the rule
+        is not a plain gradient.
+
+    Yields
+    ------
+    s : Tensor
+        Relevance over denominator, shaped like the output.
+    parts : list of (Tensor, Tensor)
+        Modified inputs a' and weights w': each connection gets ``a' w' s``.
+    """
+    if rule.is_gradient(g.dtype):
+        yield g, [(a, w)]
+    elif rule.name == "epsilon":
+        yield share(g, z, z.clone(), rule.epsilon), [(a, w)]
+    elif rule.name in ("zplus", "alpha2beta1"):
+        yield from _alpha_beta(rule, operation, g, a, w, b, z)
+    elif rule.name == "gamma":
+        yield from _gamma(rule, operation, g, a, w, b, z)
+    else:
+        parts = _flat(a, w) if rule.name == "flat" else _box(rule, a, w)
+        yield share(g, z, _output(operation, parts, None), rule.epsilon), parts
+
+
+def _output(operation: Callable, parts: list[tuple[Tensor, Tensor]], b: Tensor | None) -> Tensor:
+    total = operation(*parts[0], b)
+    for part in parts[1:]:
+        total += operation(*part, None)
+    return total
+
+
+def _signed(a: Tensor, same: Callable, opposite: Callable) -> list[tuple[Tensor, Tensor]]:
+    """Contributions of positive inputs with one weight and of negative ones with another."""
+    if a.min() >= 0:
+        return [(a, same())]
+    return [(a.clamp(min=0), same()), (a.clamp(max=0), opposite())]
+
+
+def _alpha_beta(rule, operation, g, a, w, b, z):
+    up, down = partial(w.clamp, min=0), partial(w.clamp, max=0)
+    parts = _signed(a, up, down)
+    positive = _output(operation, parts, None if b is None else b.clamp(min=0))
+    if rule.name == "zplus":
+        yield share(g, z, positive, rule.epsilon, 1), parts
+        return
+    # what is not positive is negative: one pass less than adding it up
+    negative = torch.sub(positive, z).clamp_(min=0)
+    yield share(g, z, positive, rule.epsilon, 1).mul_(2), parts
+    del positive
+    yield share(g, z, negative, rule.epsilon, 1), _signed(a, down, up)
+
+
+def _gamma(rule, operation, g, a, w, b, z):
+    def favour(tensor: Tensor | None, **side) -> Tensor | None:
+        return None if tensor is None else tensor + rule.gamma * tensor.clamp(**side)
+
+    up, down = partial(favour, w, min=0), partial(favour, w, max=0)
+    for active, parts, bias in (
+        (z > 0, (a, up, down), favour(b, min=0)),
+        (z < 0, (a, down, up), favour(b, max=0)),
+    ):
+        chosen = g * active
+        if chosen.any():
+            parts = _signed(*parts)
+            yield share(chosen, z, _output(operation, parts, bias), rule.epsilon), parts
+
+
+def _flat(a, w):
+    return [(torch.ones_like(a), torch.ones_like(w))]
+
+
+def _box(rule, a, w):
+    low, high = (torch.as_tensor(v, dtype=a.dtype, device=a.device) for v in (rule.low, rule.high))
+    if a.dim() > 2:
+        low, high = (v.reshape(-1, *[1] * (a.dim() - 2)) for v in (low, high))
+    low, high = -low.expand_as(a), -high.expand_as(a)
+    return [(a, w), (low, w.clamp(min=0)), (high, w.clamp(max=0))]

@@ -1,0 +1,450 @@
+"""Runs of the comparison: profiles, results that are not computed twice, provenance, claims."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.bases import base
+from lib.claims import Claim
+from lib.codec import Compressed
+from lib.data import CACHE, DATASETS, load, sample
+from lib.prune import density
+from lib.recipes import KNOBS, Recipe, encode, prepare
+from lib.train import evaluate
+
+ROOT = Path(__file__).parents[1]
+_PACKAGES = ("torch", "torchvision", "zennit", "captum", "constriction", "numpy", "scikit-learn")
+_BOOKKEEPING = {
+    "plots", "runs", "notebooks", "claims", "checks", "verify", "readme", "export", "__main__",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is run.
+
+    Attributes
+    ----------
+    networks : dict of str to tuple of str
+        Models by data set.
+    seeds : tuple of int
+        Each trains and compresses its own base network.
+    per_class : int
+        Reference images of each class, from the training split.
+    finetune : int
+        Steps, for every recipe that fine-tunes.
+    knobs : dict of str to tuple of float
+        For each quantizer, the settings of its knob that make a curve.
+    kept : tuple of float
+        Shares of weights kept, for comparing criteria.
+    """
+
+    networks: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    per_class: int
+    finetune: int
+    knobs: dict[str, tuple[float, ...]]
+    kept: tuple[float, ...]
+
+
+PROFILES = {
+    "quick": Profile(
+        {"digits": ("lenet5", "resnet8")},
+        seeds=(0,),
+        per_class=30,
+        finetune=100,
+        knobs={
+            "tiers": (2.2, 3, 4),
+            "uniform": (2, 3, 4, 5),
+            "layers": (1.5, 2, 3, 4, 5),
+            "rate-distortion": tuple(10 ** (step / 2 - 4.5) for step in range(5)),
+        },
+        kept=(0.15, 0.05),
+    ),
+    "paper": Profile(
+        {"mnist": ("lenet300", "lenet5"), "cifar10-jpeg": ("resnet20",)},
+        seeds=(0, 1, 2),
+        per_class=100,
+        finetune=300,
+        knobs={
+            "tiers": (2.2, 3, 4),
+            "uniform": (2, 3, 4, 5),
+            "layers": (1, 2, 3, 4),
+            "rate-distortion": tuple(10 ** (step / 2 - 5) for step in range(5)),
+        },
+        kept=(0.1, 0.03),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One base network: data set, model, seed."""
+
+    dataset: str
+    model: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.dataset}-{self.model}-s{self.seed}"
+
+
+class Table:
+    """A table for the eye: HTML in a notebook, whose numbers are tested in ``results/`` instead.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        What to show.
+    digits : int
+        Decimals of floating-point columns.
+    """
+
+    def __init__(self, frame: pd.DataFrame, digits: int = 2):
+        self.frame, self.digits = frame, digits
+
+    def __repr__(self):
+        rows, columns = self.frame.shape
+        return f"table of {rows} rows and {columns} columns"
+
+    def _repr_html_(self):
+        index = not isinstance(self.frame.index, pd.RangeIndex)
+        return self.frame.to_html(index=index, float_format=lambda x: f"{x:,.{self.digits}f}")
+
+
+class Study:
+    """All that the notebooks share: one profile's cases, networks, runs, tables and figures.
+
+    Parameters
+    ----------
+    profile : str
+        A key of ``PROFILES``.
+    datasets : str
+        Comma-separated names that replace the profile's data sets; those not in the profile get
+        the networks of their kind. Empty: the profile's own.
+    seed : int
+        Added to the profile's seeds.
+
+    Raises
+    ------
+    ValueError
+        Unknown profile or data set; the message lists the known ones.
+    """
+
+    def __init__(self, profile: str = "quick", datasets: str = "", seed: int = 0):
+        if profile not in PROFILES:
+            raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+        self.name, self.profile = profile, PROFILES[profile]
+        networks = self.profile.networks
+        if datasets:
+            networks = {name: self._networks(name) for name in datasets.split(",")}
+        self.cases = [
+            Case(dataset, model, seed + offset)
+            for dataset, models in networks.items()
+            for model in models
+            for offset in self.profile.seeds
+        ]
+        self.results = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / profile
+        self.figures = Path(os.environ.get("FIGURES_ROOT", ROOT / "figures")) / profile
+        # What the paper profile computes in hours is kept and committed, run by run; the quick
+        # profile computes anew whenever the code changes.
+        store = self.results if profile == "paper" else CACHE / profile / code_digest()[:16]
+        if profile == "quick":
+            torch.set_num_threads(1)  # the order of sums, and so the outputs, are the same anywhere
+        self.checkpoints = store / "checkpoints"
+        self.runs = store / "runs"
+        self.scratch = CACHE / profile
+        self.scratch.mkdir(parents=True, exist_ok=True)
+
+    def _networks(self, dataset: str) -> tuple[str, ...]:
+        if dataset not in DATASETS:
+            raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
+        kind = "cifar10-jpeg" if dataset == "cifar10" else dataset
+        everywhere = PROFILES["paper"].networks | PROFILES["quick"].networks
+        return (self.profile.networks | everywhere)[kind]
+
+    def first(self, model: str) -> Case:
+        """The first case of a model, or the first of all where the profile has none of it."""
+        return next((case for case in self.cases if case.model == model), self.cases[0])
+
+    def base(self, case: Case, progress: bool = True) -> nn.Module:
+        """The trained base network of a case; trained now if it was not before."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return base(case.dataset, case.model, case.seed, self.checkpoints, progress)
+
+    def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
+        """Reference images and labels of a case, drawn from its training split."""
+        return sample(*split(case.dataset, "train"), per_class or self.profile.per_class, case.seed)
+
+    def sweep(
+        self,
+        recipes: dict[str, Recipe],
+        knobs: dict[str, Iterable[float]] | None = None,
+        cases: list[Case] | None = None,
+    ) -> pd.DataFrame:
+        """Run recipes on cases; a run whose result is there is not done again.
+
+        Parameters
+        ----------
+        recipes : dict of str to Recipe
+            By the name that they have in tables.
+        knobs : dict of str to iterable of float, optional
+            For each quantizer, settings of its knob that replace the recipe's own.
+        cases : list of Case, optional
+            All of the profile's by default.
+
+        Returns
+        -------
+        DataFrame
+            A row per run: dataset, model, seed, recipe, knob, density, file_bytes, ratio (float32
+            ``state_dict`` bytes over ``file_bytes``), bits (of the file per weight), val_accuracy
+            and test_accuracy of the model loaded from the file, and the base network's (percent).
+        """
+        cases = self.cases if cases is None else cases
+        for case in cases:
+            self.base(case)
+        jobs = []
+        for case in cases:
+            for name, recipe in recipes.items():
+                knob = KNOBS[recipe.quantizer]
+                values = (knobs or {}).get(recipe.quantizer, [getattr(recipe, knob)])
+                variants = [replace(recipe, **{knob: float(value)}) for value in values]
+                jobs.append((case, name, variants))
+        missing = [
+            job
+            for job in jobs
+            if not all(self._path(job[0], job[1], variant).exists() for variant in job[2])
+        ]
+        workers = Parallel(n_jobs=os.cpu_count(), return_as="generator_unordered")
+        done = workers(delayed(self._run)(*job) for job in missing)
+        for _ in tqdm(done, total=len(missing), desc="recipes", disable=not missing):
+            pass
+        rows = [
+            json.loads(self._path(case, name, variant).read_text())
+            for case, name, variants in jobs
+            for variant in variants
+        ]
+        return pd.DataFrame(rows).drop(columns="provenance")
+
+    def _path(self, case: Case, name: str, recipe: Recipe) -> Path:
+        key = json.dumps([asdict(recipe), self.profile.per_class], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+        return self.runs / str(case) / f"{name}-{digest}.json"
+
+    def _file(self, case: Case, name: str, recipe: Recipe) -> Path:
+        record = self._path(case, name, recipe)
+        return CACHE / self.name / "files" / str(case) / record.with_suffix(".xaic").name
+
+    def _run(self, case: Case, name: str, variants: list[Recipe]) -> None:
+        torch.set_num_threads(1)
+        start = time.perf_counter()
+        model = self.base(case)
+        train = split(case.dataset, "train")
+        prepared = prepare(model, *self.references(case), variants[0], train, case.seed)
+        weights = sum(mask.numel() for mask in prepared.masks.values())
+        floats = float_bytes(model)
+        bases = {
+            f"base_{part}_accuracy": _base_accuracy(case, self.checkpoints, part)
+            for part in ("val", "test")
+        }
+        self._file(case, name, variants[0]).parent.mkdir(parents=True, exist_ok=True)
+        for variant in variants:
+            record, file = self._path(case, name, variant), self._file(case, name, variant)
+            size = encode(prepared, variant).save(file)
+            loaded = Compressed.load(file).to_model(model)
+            row = asdict(case) | {
+                "recipe": name,
+                "knob": getattr(variant, KNOBS[variant.quantizer]),
+                "density": density(prepared.masks),
+                "file_bytes": size,
+                "ratio": floats / size,
+                "bits": 8 * size / weights,
+                "val_accuracy": evaluate(loaded, *split(case.dataset, "val")),
+                "test_accuracy": evaluate(loaded, *split(case.dataset, "test")),
+                **bases,
+                "provenance": provenance(start) | {"recipe": asdict(variant)},
+            }
+            write_json(record, row)
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write ``results/<profile>/<name>.csv``."""
+        write(self.results / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+
+    def save_claims(self, notebook: str, claims: list[Claim]) -> Table:
+        """Write a notebook's claims to ``results/<profile>/claims-<notebook>.json``, and print."""
+        rows = [
+            asdict(claim) | {"holds": bool(claim.holds), "notebook": notebook} for claim in claims
+        ]
+        write_json(self.results / f"claims-{notebook}.json", rows)
+        for claim in claims:
+            print(f"{claim.id} {claim.where}: {'holds' if claim.holds else 'does not hold'}")
+        return Table(pd.DataFrame(rows).drop(columns="notebook"))
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        """Read what ``save_table`` wrote; the message of its error says which notebook to run."""
+        path = self.results / f"{name}.csv"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: make reproduce PROFILE={self.name}")
+        return pd.read_csv(path)
+
+    def load_claims(self) -> pd.DataFrame:
+        """All claims of the profile, in the order of their notebooks."""
+        paths = sorted(self.results.glob("claims-*.json"))
+        return pd.DataFrame([row for path in paths for row in json.loads(path.read_text())])
+
+    def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
+        """Keep the files of chosen runs of the first seed, each beside its record.
+
+        Parameters
+        ----------
+        best : DataFrame
+            Of ``lib.claims.smallest_files``.
+        recipes : dict of str to Recipe
+            Those of which files are kept.
+        """
+        folder = self.results / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
+        for row in chosen.itertuples():
+            case = Case(row.dataset, row.model, row.seed)
+            recipe = recipes[row.recipe]
+            recipe = replace(recipe, **{KNOBS[recipe.quantizer]: row.knob})
+            record, file = (
+                where(case, row.recipe, recipe) for where in (self._path, self._file)
+            )
+            name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
+            kept = folder / f"{name}.json"
+            if kept.exists() and kept.read_text() == record.read_text():
+                continue
+            if not file.exists():
+                self._run(case, row.recipe, [recipe])
+            shutil.copy(file, folder / f"{name}.xaic")
+            shutil.copy(record, kept)
+
+    def save_figure(self, name: str, figure) -> None:
+        """Write ``figures/<profile>/<name>.png``, the same bytes for the same picture."""
+        self.figures.mkdir(parents=True, exist_ok=True)
+        partial = self.figures / f".{name}.png"
+        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata={"Software": None})
+        partial.replace(self.figures / f"{name}.png")
+
+
+@cache
+def split(dataset: str, part: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a split, read once in a process."""
+    return load(dataset, part)
+
+
+@cache
+def _base_accuracy(case: Case, checkpoints: Path, part: str) -> float:
+    model = base(case.dataset, case.model, case.seed, checkpoints)
+    return evaluate(model, *split(case.dataset, part))
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of a network's ``state_dict`` at four bytes an element: what ratios refer to."""
+    return sum(4 * value.numel() for value in model.state_dict().values())
+
+
+def bits_per_layer(study: Study, recipes: dict[str, tuple[Recipe, float]]) -> pd.DataFrame:
+    """Bits that each layer's weights take in the file, for the first case of each network.
+
+    Parameters
+    ----------
+    study : Study
+        Its cases are compressed.
+    recipes : dict of str to tuple of Recipe and float
+        By the name in the table: recipe and setting of its knob.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, recipe, layer, bits.
+    """
+    rows = []
+    for case in (c for c in study.cases if c.seed == study.cases[0].seed):
+        model = study.base(case)
+        for name, (recipe, value) in recipes.items():
+            recipe = replace(recipe, **{KNOBS[recipe.quantizer]: value})
+            prepared = prepare(model, *study.references(case), recipe)
+            layers = encode(prepared, recipe).summary()
+            for layer, bits in zip(layers["layer"], layers["bits per weight"], strict=True):
+                if layer in prepared.masks:
+                    rows.append({"dataset": case.dataset, "model": case.model, "recipe": name,
+                                 "layer": layer, "bits": bits})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file in one step: never half of it, nor nothing where something was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON as ``write`` does."""
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the code that results depend on: ``lib/`` without plots and bookkeeping."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "lib").glob("*.py")):
+        if path.stem not in _BOOKKEEPING:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _environment() -> dict:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "code_changed_since": bool(git("status", "--porcelain", "--", "lib")),
+        "code": code_digest(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "processor": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+    }
+
+
+def provenance(start: float) -> dict:
+    """Where a result comes from.
+
+    Parameters
+    ----------
+    start : float
+        ``time.perf_counter()`` when the work began.
+
+    Returns
+    -------
+    dict
+        Commit, whether ``lib/`` differs from it, digest of the code, versions, device, threads
+        and seconds.
+    """
+    seconds = round(time.perf_counter() - start, 2)
+    return _environment() | {"threads": torch.get_num_threads(), "seconds": seconds}

@@ -1,0 +1,171 @@
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lib import prune
+from lib.codec import CompressedFileError
+from lib.data import load
+from lib.models import build, fold_batchnorm
+from lib.recipes import RECIPES, Compressed, Recipe, compress, encode, prepare
+from lib.relevance import UnsupportedLayerError, weight_relevance
+from lib.train import evaluate
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_a_file_that_loads_to_what_was_made(
+    name, trained, digits, references, tmp_path
+):
+    recipe = RECIPES[name]
+    recipe = replace(recipe, finetune=min(recipe.finetune, 2), rounds=min(recipe.rounds, 2))
+    before = {key: value.clone() for key, value in trained.state_dict().items()}
+    compressed = compress(trained, *references, recipe, train=digits)
+    size = compressed.save(tmp_path / "file")
+    assert size == (tmp_path / "file").stat().st_size == compressed.nbytes
+    assert size < 0.4 * sum(4 * value.numel() for value in before.values())
+    loaded = Compressed.load(tmp_path / "file").to_model(trained)
+    assert loaded.state_dict().keys() == before.keys()
+    made = compressed.to_model(trained).state_dict()
+    assert all(torch.equal(value, made[key]) for key, value in loaded.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
+    assert compressed.summary()["bytes"].sum() == size
+
+
+def test_eight_bits_without_pruning_keep_function_and_architecture(trained, references):
+    recipe = Recipe(criterion="magnitude", pruning="none", quantizer="uniform", bits=8)
+    loaded = compress(trained, *references, recipe).to_model(trained).eval()
+    assert any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
+    expected, found = trained(references[0]), loaded(references[0])
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    fresh = build("resnet8", seed=9).eval()
+    again = compress(trained, *references, recipe).to_model(fresh)
+    assert torch.equal(again(references[0]), found)
+
+
+def test_literal_rule_removes_what_relevance_says(trained, references):
+    prepared = prepare(trained, *references, RECIPES["lrp-paper"])
+    scores = weight_relevance(fold_batchnorm(trained), *references)
+    for name, mask in prune.nonpositive(scores).items():
+        assert torch.equal(prepared.masks[name], mask)
+        assert (prepared.working.get_parameter(name)[~mask] == 0).all()
+    decoded = encode(prepared, RECIPES["lrp-paper"]).state_dict()
+    assert all((decoded[name][~mask] == 0).all() for name, mask in prepared.masks.items())
+
+
+def test_rounds_remove_more_each_time_and_nothing_comes_back(trained, references):
+    recipe = replace(RECIPES["lrp-gradual"], fraction=0.5)
+    masks = [prepare(trained, *references, replace(recipe, rounds=r)).masks for r in (1, 2, 3)]
+    for fewer, more in zip(masks, masks[1:], strict=False):
+        assert prune.density(more) < prune.density(fewer)
+        assert all((fewer[name] | ~more[name]).all() for name in fewer)
+
+
+def test_top_keeps_exactly_the_share(trained, references):
+    for rounds in (1, 3):
+        recipe = Recipe(criterion="magnitude", pruning="top", density=0.3, rounds=rounds)
+        assert abs(prune.density(prepare(trained, *references, recipe).masks) - 0.3) < 1e-3
+
+
+def test_magnitude_ranks_weights_as_trained_not_as_folded(trained, references):
+    recipe = Recipe(criterion="magnitude", pruning="top", density=0.4)
+    masks = prepare(trained, *references, recipe).masks
+    raw = {name: trained.get_parameter(name).detach().abs() for name in masks}
+    expected = prune.keep_top(raw, 0.4)
+    differing = sum(int((masks[name] != expected[name]).sum()) for name in masks)
+    assert differing <= 2  # rounding where two magnitudes are equal but for the last bit
+
+
+def test_filters_go_whole(trained, references):
+    recipe = Recipe(criterion="magnitude", pruning="filters", density=0.5, quantizer="layers")
+    masks = prepare(trained, *references, recipe).masks
+    for mask in masks.values():
+        if mask.ndim == 4:
+            rows = mask.flatten(1)
+            assert (rows.all(1) | ~rows.any(1)).all() and rows.all(1).sum() == len(rows) // 2
+
+
+@pytest.mark.parametrize("name", ["lrp-rd", "lrp-gradual", "deeplift-baseline", "uniform"])
+@pytest.mark.parametrize("budget", [{"bits": 4.5}, {"ratio": 9}])
+def test_budgets_hold_for_the_real_file(name, budget, trained, references, tmp_path):
+    recipe = replace(RECIPES[name], rounds=1)
+    size = compress(trained, *references, recipe, **budget).save(tmp_path / "file")
+    weights = sum(p.numel() for p in trained.parameters() if p.ndim > 1)
+    floats = sum(4 * value.numel() for value in trained.state_dict().values())
+    most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
+    assert 0.75 * most < size <= most
+
+
+def test_max_drop_is_met_on_the_validation_split(trained, references):
+    val = load("digits", "val")
+    base = evaluate(trained, *val)
+    small = compress(trained, *references, "lrp-rd", val=val, max_drop=5.0)
+    exact = compress(trained, *references, "lrp-rd", val=val, max_drop=0.5)
+    assert evaluate(small.to_model(trained), *val) >= base - 5.0
+    assert evaluate(exact.to_model(trained), *val) >= base - 0.5
+    assert small.nbytes < exact.nbytes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"recipe": "lrp"}, "unknown recipe 'lrp'; known: .*lrp-paper"),
+        ({"recipe": "lrp-paper-finetuned"}, "fine-tunes: give it train="),
+        ({"bits": 3, "ratio": 9}, "one budget, not bits and ratio"),
+        ({"ratio": -1}, "ratio must be a positive number"),
+        ({"max_drop": 1.0}, "give val="),
+        ({"recipe": "lrp-rd", "ratio": 1e6}, "no setting of 'lam' meets ratio.*smallest"),
+    ],
+)
+def test_unusable_arguments_name_the_way_out(arguments, message, trained, references):
+    with pytest.raises(ValueError, match=message):
+        compress(trained, *references, **arguments)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"criterion": "lrp-epsilom"}, "unknown criterion 'lrp-epsilom'; known: .*deeplift"),
+        ({"pruning": "some"}, "unknown pruning 'some'; known: .*nonpositive"),
+        ({"quantizer": "int"}, "unknown quantizer 'int'; known: .*rate-distortion"),
+        ({"density": 0}, "density in"),
+    ],
+)
+def test_unusable_recipes_list_what_is_known(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**fields)
+
+
+def test_unusable_images_labels_and_models(trained, references):
+    images, labels = references
+    for bad_images, bad_labels, message in [
+        (images, labels + 5, "label"),
+        (images * torch.nan, labels, "NaN|finite"),
+        (images[:0], labels[:0], "empty|no "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress(trained, bad_images, bad_labels)
+    with pytest.raises(ValueError, match="the model has no linear, convolution"):
+        compress(nn.Sequential(nn.Flatten(), nn.ReLU()), images, labels)
+    with pytest.raises(UnsupportedLayerError, match="odd"):
+        first, last = nn.Conv2d(1, 1, 1), nn.Linear(196, 10)
+        odd = nn.FractionalMaxPool2d(2, output_size=14)
+        layers = {"first": first, "odd": odd, "flat": nn.Flatten(), "last": last}
+        compress(nn.Sequential(OrderedDict(layers)), images, labels)
+
+
+def test_file_of_another_architecture_is_refused(trained, references):
+    compressed = compress(trained, *references, "uniform")
+    with pytest.raises(CompressedFileError, match="architecture"):
+        compressed.to_model(build("lenet5"))
+
+
+def test_unscored_layers_are_stored_exactly(references):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(2704, 10)
+    ).eval()
+    nn.init.normal_(model[1].weight)
+    loaded = compress(model, *references, "lrp-rd").to_model(model)
+    assert torch.equal(loaded[1].weight, model[1].weight)
+    assert not torch.equal(loaded[0].weight, model[0].weight)

@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import nbformat
+import pytest
+
+from lib import notebooks, runs
+from lib.bases import SCHEDULES, Schedule
+from lib.recipes import RECIPES
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESULTS_ROOT", str(tmp_path / "results"))
+    monkeypatch.setenv("FIGURES_ROOT", str(tmp_path / "figures"))
+    monkeypatch.setattr(runs, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(SCHEDULES, ("digits", "resnet8"), Schedule(1, 0.05, 64))
+    profile = replace(runs.PROFILES["quick"], networks={"digits": ("resnet8",)}, per_class=2)
+    monkeypatch.setitem(runs.PROFILES, "quick", profile)
+    # worker processes would not see what is patched here
+    monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: [f(*a, **k) for f, a, k in jobs])
+    return runs.Study("quick")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("quik",), "unknown profile 'quik'; known: quick, paper"),
+        (("quick", "digit"), "unknown data set 'digit'; known: digits"),
+    ],
+)
+def test_unknown_names_list_the_known(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        runs.Study(*arguments)
+
+
+def test_datasets_replace_those_of_the_profile():
+    cases = runs.Study("paper", "mnist", seed=5).cases
+    assert {case.model for case in cases} == {"lenet300", "lenet5"}
+    assert sorted({case.seed for case in cases}) == [5, 6, 7]
+    assert {case.model for case in runs.Study("paper", "cifar10").cases} == {"resnet20"}
+
+
+def test_a_run_is_written_once_with_its_provenance_and_read_afterwards(study, monkeypatch):
+    recipes, knobs = {"even": RECIPES["uniform"]}, {"uniform": (4, 8)}
+    first = study.sweep(recipes, knobs)
+    assert first["knob"].tolist() == [4, 8] and first["file_bytes"].is_monotonic_increasing
+    records = sorted(study.runs.rglob("*.json"))
+    assert len(records) == 2
+    kept = json.loads(records[0].read_text())["provenance"]
+    for key in ("commit", "packages", "device", "threads", "seconds", "code", "recipe"):
+        assert key in kept
+    monkeypatch.setattr(runs, "prepare", None)
+    assert study.sweep(recipes, knobs).equals(first)
+
+
+def test_only_what_is_missing_is_run_after_an_interruption(study, monkeypatch):
+    recipes = {"even": RECIPES["uniform"], "again": replace(RECIPES["uniform"], bits=6.0)}
+    done, original = [], runs.prepare
+
+    def interrupted(*args):
+        done.append(args)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(runs, "prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.sweep(recipes)
+    assert len(study.sweep(recipes)) == 2
+    assert len(done) == 3
+    assert not [path for path in study.runs.rglob(".*")]
+
+
+def test_the_accuracy_is_that_of_the_file(study):
+    row = study.sweep({"even": RECIPES["uniform"]}).iloc[0]
+    (file,) = (runs.CACHE / "quick" / "files").rglob("*.xaic")
+    loaded = runs.Compressed.load(file).to_model(study.base(study.cases[0]))
+    assert file.stat().st_size == row["file_bytes"]
+    assert runs.evaluate(loaded, *runs.split("digits", "test")) == row["test_accuracy"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write_json(path, [1])
+    with pytest.raises(TypeError):
+        runs.write_json(path, [object()])
+    assert json.loads(path.read_text()) == [1] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def one_notebook(study, tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    monkeypatch.setattr(notebooks, "CACHE", tmp_path / "cache")
+
+    def write(source, parameters='profile = "quick"\ndatasets = ""'):
+        cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        cells = [cell, nbformat.v4.new_code_cell(source)]
+        content = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(content, folder / "00-one.ipynb")
+
+    return write
+
+
+def test_a_notebook_that_fails_names_its_cell(one_notebook):
+    one_notebook("1 / 0")
+    with pytest.raises(notebooks.NotebookError, match=r"00-one.ipynb, cell \[.*ZeroDivisionError"):
+        notebooks.reproduce("quick")
+
+
+def test_a_notebook_is_skipped_until_it_changes(one_notebook, study, capfd):
+    mark = study.results / "table.csv"
+    mark.parent.mkdir(parents=True)
+    text = f"open({str(mark)!r}, 'w').close()"
+    one_notebook(text)
+    for _ in range(2):
+        notebooks.reproduce("quick")
+    assert capfd.readouterr().out.count("up to date") == 1
+    mark.unlink()
+    notebooks.reproduce("quick")
+    assert mark.exists() and "up to date" not in capfd.readouterr().out
+    one_notebook(text + "\n1")
+    notebooks.reproduce("quick")
+    assert "up to date" not in capfd.readouterr().out
+
+
+def test_a_notebook_without_the_parameters_is_refused(one_notebook):
+    one_notebook("1", parameters='profil = "quick"\ndatasets = ""')
+    with pytest.raises(notebooks.NotebookError, match="has no parameter profile"):
+        notebooks.reproduce("quick")
+
+
+def test_command_line_says_what_is_known_and_fails():
+    command = [sys.executable, "-m", "lib", "reproduce", "--profile", "fast"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "unknown profile 'fast'; known: quick, paper" in done.stderr

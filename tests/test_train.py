@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lib import bases, train
+from lib.models import build
+from lib.train import augment_crop_flip, batches, evaluate, finetune, fit
+
+
+def test_fit_learns_and_is_deterministic(digits):
+    images, labels = digits
+    models = [fit(build("lenet300"), images, labels, epochs=3, lr=0.05) for _ in range(2)]
+    assert evaluate(models[0], images, labels) > 90
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_fit_goes_on_where_it_was_interrupted(digits, tmp_path, monkeypatch):
+    settings = {"epochs": 3, "lr": 0.05, "seed": 2}
+    whole = fit(build("lenet300"), *digits, **settings)
+    file, seen, original = tmp_path / "state.pt", [], train.batches
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(train, "batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build("lenet300"), *digits, checkpoint=file, **settings)
+    monkeypatch.setattr(train, "batches", original)
+    resumed = fit(build("lenet300", seed=9), *digits, checkpoint=file, **settings)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_batches_are_whole_and_in_random_order():
+    index = list(batches(10, 3, torch.Generator().manual_seed(0)))
+    assert [len(i) for i in index] == [3, 3, 3]
+    assert len(torch.cat(index).unique()) == 9
+    assert len(next(batches(2, 3, torch.Generator()))) == 2
+
+
+def test_augmentation_shifts_and_mirrors():
+    images = torch.arange(2 * 64.0).reshape(2, 1, 8, 8) + 1
+    moved = augment_crop_flip(images.repeat(100, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert moved.shape == (200, 1, 8, 8)
+    inside = [moved[i, 0] for i in range(0, 200, 2) if (moved[i] > 0).all()]
+    assert any(torch.equal(image, images[0, 0]) for image in inside) or any(
+        torch.equal(image, images[0, 0].flip(1)) for image in inside
+    )
+    rows = torch.unique(moved[moved > 0])
+    assert set(rows.tolist()) <= set(images.flatten().tolist())
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_finetuning_recovers_and_keeps_removed_weights_at_zero(digits, as_loader):
+    images, labels = digits
+    model = fit(build("lenet300"), images, labels, epochs=3, lr=0.05)
+    masks = {
+        name: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.15
+        for name, p in model.named_parameters()
+        if p.ndim > 1
+    }
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    before = evaluate(model, images, labels)
+    data = DataLoader(TensorDataset(images, labels), 64) if as_loader else (images, labels)
+    finetune(model, masks, data, steps=60)
+    assert evaluate(model, images, labels) > before + 5
+    for name, mask in masks.items():
+        assert (model.get_parameter(name)[~mask] == 0).all()
+
+
+def test_finetuning_on_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no batch"):
+        finetune(build("lenet300"), {}, [], steps=1)
+
+
+def test_evaluate_counts_right_answers_and_keeps_the_mode():
+    model = nn.Sequential(nn.Flatten(), nn.Identity()).train()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    logits = torch.eye(4)[[0, 1, 2, 3, 0]]
+    assert evaluate(model, logits, torch.tensor([0, 1, 2, 0, 1]), batch_size=2) == 60
+    assert model.training
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, logits[:0], torch.tensor([], dtype=torch.int64))
+
+
+def test_base_trains_once_and_reads_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setitem(bases.SCHEDULES, ("digits", "lenet300"), bases.Schedule(1, 0.05))
+    first = bases.base("digits", "lenet300", 0, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-lenet300-s0.safetensors"]
+    monkeypatch.setattr(bases, "fit", None)
+    second = bases.base("digits", "lenet300", 0, tmp_path)
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_unknown_schedule_lists_the_known():
+    with pytest.raises(ValueError, match="no training schedule for digits/vgg16; known: .*lenet5"):
+        bases.schedule("digits", "vgg16")
