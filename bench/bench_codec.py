@@ -22,7 +22,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from lib.entropy import decode, encode
+from lib.codec.entropy import decode, encode
 from lib.prune import keep_top
 from lib.quantize import uniform
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.data import load
 from lib.models import build
-from lib.train import augment_crop_flip, fit, pick_device
+from lib.train import augment_crop_flip, fit, multiplies_bfloat16, pick_device
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,26 @@ class Schedule:
         Images of a step.
     augment : bool
         Random shifts and mirrored images (colour images only).
-    bfloat16 : bool
-        Compute in bfloat16.
+    precision : str
+        ``float32``; ``float64``, in which processors that round differently still end at the
+        same network; ``bfloat16``, where the device multiplies it in hardware, else float32.
     """
 
     epochs: int
     lr: float
     batch_size: int = 128
     augment: bool = False
-    bfloat16: bool = False
+    precision: str = "float32"
 
 
 SCHEDULES = {
-    ("digits", "lenet300"): Schedule(20, 0.05, 64),
-    ("digits", "lenet5"): Schedule(20, 0.05, 64),
-    ("digits", "resnet8"): Schedule(12, 0.1, 64),
+    ("digits", "lenet300"): Schedule(20, 0.05, 64, precision="float64"),
+    ("digits", "lenet5"): Schedule(15, 0.05, 64, precision="float64"),
+    ("digits", "resnet8"): Schedule(15, 0.1, 64, precision="float64"),
     ("mnist", "lenet300"): Schedule(20, 0.1),
     ("mnist", "lenet5"): Schedule(20, 0.05),
-    ("cifar", "resnet20"): Schedule(30, 0.4, augment=True, bfloat16=True),
-    ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, bfloat16=True),
+    ("cifar", "resnet20"): Schedule(30, 0.4, augment=True, precision="bfloat16"),
+    ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, precision="bfloat16"),
 }
 
 
@@ -100,19 +101,21 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     if not path.exists():
         images, labels = load(dataset, "train")
         partial = folder / f"{name}.partial.pt"
+        device = pick_device()
+        number = torch.float64 if how.precision == "float64" else torch.float32
         network = fit(
-            network.to(pick_device()),
-            images,
+            network.to(device, number),
+            images.to(number),
             labels,
             epochs=how.epochs,
             lr=how.lr,
             batch_size=how.batch_size,
             augment=augment_crop_flip if how.augment else None,
-            bfloat16=how.bfloat16,
+            bfloat16=how.precision == "bfloat16" and multiplies_bfloat16(device),
             seed=seed,
             checkpoint=partial,
             progress=name if progress else None,
-        ).cpu()
+        ).to("cpu", torch.float32)
         state = {key: value.contiguous() for key, value in network.state_dict().items()}
         written = path.with_suffix(".writing")
         save_file(state, written, metadata={"schedule": repr(how), "torch": torch.__version__})

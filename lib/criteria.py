@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.relevance import AGGREGATES, COMPOSITES, RULES, STARTS, weight_relevance
-from lib.relevance_data import check_logits, check_samples, scored_weights
-from lib.relevance_deeplift import deeplift
-from lib.relevance_run import Run
+from lib.relevance.data import check_logits, check_samples, scored_weights
+from lib.relevance.deeplift import deeplift
+from lib.relevance.run import Run
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[nn.Module, Tensor, Tensor], Scores]

@@ -15,7 +15,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST
 
 SPLITS = ("train", "val", "test")
 CACHE = Path(os.environ.get("CACHE_ROOT", Path(__file__).parents[1] / ".cache"))
@@ -35,8 +34,11 @@ def _missing(name: str, layout: str, download: str) -> DataNotFoundError:
     )
 
 
-def _torchvision(dataset: type, name: str, layout: str, train: bool) -> tuple[np.ndarray, list]:
+def _torchvision(kind: str, name: str, layout: str, train: bool) -> tuple[np.ndarray, list]:
     """Read a torchvision data set from ``DATA_ROOT``, else from the cache, else download it."""
+    import torchvision.datasets  # here, because it takes seconds to import
+
+    dataset = getattr(torchvision.datasets, kind)
     roots = [os.environ["DATA_ROOT"]] if "DATA_ROOT" in os.environ else []
     for root in [*roots, CACHE / "data"]:
         try:
@@ -74,14 +76,14 @@ def _held_out(images: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndar
 
 def _mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     layout = "MNIST/raw/*-ubyte (torchvision.datasets.MNIST)"
-    pixels, labels = _torchvision(MNIST, "mnist", layout, train=split != "test")
+    pixels, labels = _torchvision("MNIST", "mnist", layout, train=split != "test")
     pixels, labels = pixels[:, None], np.asarray(labels)
     return (pixels, labels) if split == "test" else _held_out(pixels, labels)[split]
 
 
 def _cifar10(split: str) -> tuple[np.ndarray, np.ndarray]:
     layout = "cifar-10-batches-py (torchvision.datasets.CIFAR10)"
-    pixels, labels = _torchvision(CIFAR10, "cifar10", layout, train=split != "test")
+    pixels, labels = _torchvision("CIFAR10", "cifar10", layout, train=split != "test")
     pixels, labels = pixels.transpose(0, 3, 1, 2), np.asarray(labels)
     return (pixels, labels) if split == "test" else _held_out(pixels, labels)[split]
 

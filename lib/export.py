@@ -6,8 +6,6 @@ multiplies by them. What saves time is the integer file.
 
 import contextlib
 import io
-import os
-import secrets
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,6 +19,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from lib.codec import Compressed
+from lib.files import write_bytes
 from lib.models import fold_batchnorm
 from lib.quantize import Codes
 
@@ -107,7 +106,7 @@ def to_onnx(
     if int8:
         data = _quantize(data, decoded, compressed, images)
         _logits(_session(data), images[:2])
-    _write(path, data)
+    write_bytes(path, data)
     return len(data)
 
 
@@ -283,21 +282,6 @@ def _logits(session, images):
             f"the ONNX file takes {source.shape} and cannot be run on {list(images.shape)}: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _write(path, data):
-    """Write under another name and rename: on any error an older file stays as it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _first_line(error):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -57,8 +57,10 @@ class BasicBlock(nn.Module):
         return self.relu2(y + x)
 
 
-def _resnet(classes: int, channels: int, widths: tuple[int, ...], blocks: int) -> nn.Module:
-    layers = [nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)]
+def _resnet(
+    classes: int, channels: int, widths: tuple[int, ...], blocks: int, stride: int = 1
+) -> nn.Module:
+    layers = [nn.Conv2d(channels, widths[0], 3, stride, 1, bias=False)]
     layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
     inputs = widths[0]
     for stage, width in enumerate(widths):
@@ -70,8 +72,11 @@ def _resnet(classes: int, channels: int, widths: tuple[int, ...], blocks: int) -
 
 
 def resnet8(classes: int, channels: int) -> nn.Module:
-    """A ResNet of three blocks with 8, 16 and 32 channels: 18,824 weights at one channel."""
-    return _resnet(classes, channels, (8, 16, 32), blocks=1)
+    """A ResNet of three blocks with 8, 16 and 32 channels: 18,824 weights at one channel.
+
+    Its first convolution has stride 2, for digits enlarged to 28x28.
+    """
+    return _resnet(classes, channels, (8, 16, 32), blocks=1, stride=2)
 
 
 def resnet20(classes: int, channels: int) -> nn.Module:
@@ -190,7 +195,7 @@ def batchnorm_pairs(model: nn.Module) -> dict[str, str]:
         and modules[norm].track_running_stats
         and isinstance(modules[layer], (nn.Linear, *_CONVOLUTIONS))
         and shared[id(modules[layer].weight)] == 1
-        and not (isinstance(modules[layer], _TRANSPOSED) and modules[layer].groups > 1)
+        and not (isinstance(modules[layer], TRANSPOSED) and modules[layer].groups > 1)
     }
 
 
@@ -220,7 +225,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Linear):
             fused = fuse_linear_bn_eval(layer, norm)
         else:
-            fused = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, _TRANSPOSED))
+            fused = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, TRANSPOSED))
         folded.set_submodule(layer_path, fused)
         folded.set_submodule(norm_path, nn.Identity())
     return folded

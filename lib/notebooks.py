@@ -31,7 +31,7 @@ def _digest(path: Path, parameters: dict, earlier: list[str]) -> str:
     digest = hashlib.sha256(json.dumps(content).encode())
     for cell in nbformat.read(path, as_version=4).cells:
         digest.update(cell.source.encode())
-    for source in sorted((ROOT / "lib").glob("*.py")):
+    for source in sorted((ROOT / "lib").rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -131,14 +131,15 @@ def refit(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: Tensor
             layer = repaired.get_submodule(name)
             if f"{name}.weight" not in masks:
                 continue
-            gram = cross = 0
-            for (inputs, _), (_, target) in zip(
+            gram = residual = 0
+            for (inputs, output), (_, target) in zip(
                     _run(repaired, name, images, batch_size, calls),
                     _run(dense, name, images, batch_size, calls), strict=True):
-                patches, target = _patches(layer, inputs), _units(layer, target)
+                # Summing what is missing, not the target, leaves nothing large to cancel.
+                patches, missing = _patches(layer, inputs), _units(layer, target - output)
                 gram = gram + (patches @ patches.mT).double()
-                cross = cross + (target @ patches.mT).double()
-            _fit(layer, masks[f"{name}.weight"], gram, cross, ridge)
+                residual = residual + (missing @ patches.mT).double()
+            _fit(layer, masks[f"{name}.weight"], gram, residual, ridge)
     return repaired
 
 
@@ -186,27 +187,22 @@ def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor, *,
     return corrected
 
 
-def _fit(layer, mask, gram, cross, ridge):
-    """Solve a layer's normal equations [g, D, D], [g, rows, D]; the last column is the bias."""
-    groups, rows, columns = cross.shape
-    weight = layer.weight.data.reshape(groups, rows, -1).double()
-    kept = mask.to(weight.device).reshape(groups, rows, -1)
+def _fit(layer, mask, gram, residual, ridge):
+    """Solve normal equations [g, D, D], [g, rows, D] of a layer; the last column is the bias."""
+    groups, rows, columns = residual.shape
+    kept = mask.to(gram.device).reshape(groups, rows, -1)
     if layer.bias is None:
-        gram, cross = gram[:, :-1, :-1], cross[..., :-1]
+        gram, residual = gram[:, :-1, :-1], residual[..., :-1]
     else:
-        weight = torch.cat([weight, layer.bias.data.reshape(groups, rows, 1).double()], 2)
         kept = F.pad(kept, (0, 1), value=True)
     inputs = columns - 1
     scale = gram.diagonal(dim1=1, dim2=2)[:, :inputs].mean(1, keepdim=True)
-    scale = torch.where(scale > 0, ridge * scale, 1)
-    gram.diagonal(dim1=1, dim2=2)[:, :inputs] += scale
-    cross[..., :inputs] += scale[:, :, None] * weight[..., :inputs]
-    for group in range(groups):
-        weight[group] += _solve(gram[group], kept[group],
-                                (cross[group] - weight[group] @ gram[group]) * kept[group])
-    layer.weight.data.copy_(weight[..., :inputs].reshape(layer.weight.shape))
+    gram.diagonal(dim1=1, dim2=2)[:, :inputs] += torch.where(scale > 0, ridge * scale, 1)
+    solutions = zip(gram, kept, residual * kept, strict=True)
+    change = torch.stack([_solve(*problem) for problem in solutions])
+    layer.weight.data += change[..., :inputs].reshape(layer.weight.shape).to(layer.weight.dtype)
     if layer.bias is not None:
-        layer.bias.data.copy_(weight[..., -1].flatten())
+        layer.bias.data += change[..., -1].flatten().to(layer.bias.dtype)
 
 
 def _solve(gram, kept, residual):

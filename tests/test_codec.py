@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib import container
-from lib.bytestream import Reader, write_int, write_text
-from lib.codec import Compressed, CompressedFileError, Constant
+from lib.codec import Compressed, CompressedFileError, Constant, container
+from lib.codec.bytestream import Reader, write_int, write_text
 from lib.quantize import KINDS, Codes
 
 MUTATIONS = int(os.environ.get("CODEC_MUTATIONS", 1000))

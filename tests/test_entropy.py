@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import entropy
-from lib.contexts import biclusters
+from lib.codec import entropy
+from lib.codec.contexts import biclusters
 
 RNG = np.random.default_rng
 

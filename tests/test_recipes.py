@@ -97,6 +97,18 @@ def test_budgets_hold_for_the_real_file(name, budget, trained, references, tmp_p
     assert 0.75 * most < size <= most
 
 
+@pytest.mark.parametrize("recipe", ["lrp-rd", "lrp-gradual", "uniform"])
+@pytest.mark.parametrize("budget", [{"ratio": 12.0}, {"bits": 3.0}])
+def test_a_budget_of_bytes_is_met_by_the_real_file(trained, references, tmp_path, recipe, budget):
+    size = compress(trained, *references, recipe, **budget).save(tmp_path / "file.xaic")
+    weights = sum(p.numel() for p in trained.parameters() if p.ndim > 1)
+    floats = sum(4 * value.numel() for value in trained.state_dict().values())
+    most = floats / budget["ratio"] if "ratio" in budget else weights * budget["bits"] / 8
+    assert size <= most
+    if recipe == "lrp-rd":  # its knob has no steps, so little of the budget is left over
+        assert size > 0.93 * most
+
+
 def test_max_drop_is_met_on_the_validation_split(trained, references):
     val = load("digits", "val")
     base = evaluate(trained, *val)

@@ -818,6 +818,19 @@ def test_filter_relevance_is_what_leaves_through_each_output_channel(network):
         _assert_near(filters[name], expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filter_relevance_of_a_transposed_convolution_is_its_output_channels(groups):
+    generator = torch.manual_seed(3)
+    layer = nn.ConvTranspose2d(4, 6, 2, groups=groups, bias=False)
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    image = torch.rand(1, 4, 3, 3, generator=generator)
+    for label in range(6):  # each channel is a class's logit, so relevance enters there alone
+        scores = weight_relevance(model, image, torch.tensor([label]))
+        channels = filter_relevance(scores, model)["0.weight"]
+        logit = model(image)[0, label].detach()
+        _assert_near(channels, logit * nn.functional.one_hot(torch.tensor(label), 6), 1e-4)
+
+
 @pytest.mark.parametrize("start", ["target", "softmax-gradient"])
 @pytest.mark.parametrize("rule", ["epsilon", "epsilon-plus", "gamma", Rule("epsilon", epsilon=0.2)])
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lib.relevance_functions import LAYERS, NORMALISATIONS, spread
-from lib.relevance_layers import (
+from lib.relevance.functions import LAYERS, NORMALISATIONS, spread
+from lib.relevance.layers import (
     Activate,
     Key,
     Layer,
     Propagate,
     UnsupportedLayerError,
 )
-from lib.relevance_operations import Operation
-from lib.relevance_rules import DIRECT, Chooser, Rule
+from lib.relevance.operations import Operation
+from lib.relevance.rules import DIRECT, Chooser, Rule
 
 # Relevance splits in proportion to the terms of a sum or goes where the value came from: both are
 # what the ordinary gradient does. So is the first-order rule of softmax (Achtibat et al. 2024).
@@ -74,7 +74,7 @@ class Propagation(TorchFunctionMode):
         A private copy in evaluation mode; gets hooks and loses its parameters' ``requires_grad``.
     choose : callable
         ``(module path, is a convolution, is the first layer) -> Rule``.
-    sink : lib.relevance_run.Run
+    sink : lib.relevance.run.Run
         Collects what arrives at weights and units.
     names : dict of int to str
         ``id`` of every weight that is scored -> its name.

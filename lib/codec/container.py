@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import entropy
-from lib.bytestream import Reader, write_int, write_text
+from lib.codec import entropy
+from lib.codec.bytestream import Reader, write_int, write_text
 from lib.quantize import KINDS, Codes
 
 MAGIC = b"\x93XAIC"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.relevance_operations import Layout, Operation
-from lib.relevance_rules import DIRECT, Rule, terms
+from lib.relevance.operations import Layout, Operation
+from lib.relevance.rules import DIRECT, Rule, terms
 
 Key = tuple[str, int | None, int | None]  # a weight's name and which of its rows
 
@@ -25,7 +25,7 @@ class Layer:
         The linear map.
     rule : Rule
         How it shares relevance.
-    sink : lib.relevance_run.Run
+    sink : lib.relevance.run.Run
         Told what arrives at units and weights.
     key : Key or None
         None for weights that are not scored.

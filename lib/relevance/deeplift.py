@@ -5,10 +5,9 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from captum.attr import DeepLift
 from torch import Tensor, fx, nn
 
-from lib.relevance_run import Run
+from lib.relevance.run import Run
 
 ACTIVATIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.tanh: nn.Tanh,
                torch.sigmoid: nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh,
@@ -36,6 +35,8 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     ----------
     Shrikumar et al. 2017, arXiv 1704.02685, eq. 3; Sabih et al. 2020, arXiv 2008.09072.
     """
+    from captum.attr import DeepLift  # here, because it takes a second to import
+
     run = Run(_separate_activations(model), images, labels, "lrp-0", "target", "abs", ordinary=True)
     run.paired = True
     reference = images.mean(0, keepdim=True).to(run.device)

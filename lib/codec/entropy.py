@@ -6,9 +6,9 @@ import math
 import constriction
 import numpy as np
 
-from lib.bytestream import Reader, write_int
-from lib.contexts import MAX_CLASSES, biclusters
-from lib.priors import PRIORS, UNIT, best_prior, candidates, prior
+from lib.codec.bytestream import Reader, write_int
+from lib.codec.contexts import MAX_CLASSES, biclusters
+from lib.codec.priors import PRIORS, UNIT, best_prior, candidates, prior
 
 MAX_ALPHABET = 1 << 16
 """Most values that the symbols of one tensor may span."""
@@ -44,7 +44,7 @@ def encode(symbols, tiers=None, levels=1):
 
     Notes
     -----
-    Every block of :func:`lib.contexts.biclusters` is coded in chunks by a range coder. A chunk's
+    Every block of :func:`lib.codec.contexts.biclusters` is coded in chunks by a range coder. The
     probabilities are ``p(s) ∝ n(s) + a π(s)``: n counts the block's earlier chunks, π is a Student
     t of which scale, tails and weight a take one byte. All is integer arithmetic, so that every
     machine decodes alike.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.models import fold_batchnorm
-from lib.relevance_data import (
+from lib.relevance.data import (
     AGGREGATES,
     STARTS,
     check_logits,
@@ -17,14 +17,14 @@ from lib.relevance_data import (
     scored_weights,
     start_gradient,
 )
-from lib.relevance_engine import Propagation
-from lib.relevance_layers import (
+from lib.relevance.engine import Propagation
+from lib.relevance.layers import (
     Key,
     Layer,
     UnsupportedLayerError,
 )
-from lib.relevance_operations import Layout, Operation, find_samples, per_sample
-from lib.relevance_rules import RuleLike, bounded, chooser
+from lib.relevance.operations import Layout, Operation, find_samples, per_sample
+from lib.relevance.rules import RuleLike, bounded, chooser
 
 
 class Run:

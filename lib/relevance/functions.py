@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from lib.relevance_layers import Embed, Layer
-from lib.relevance_operations import Operation
-from lib.relevance_rules import Rule
+from lib.relevance.layers import Embed, Layer
+from lib.relevance.operations import Operation
+from lib.relevance.rules import Rule
 
 
 def _linear(mode, func, input, weight, bias=None):

@@ -1,8 +1,8 @@
 """Layer-wise relevance propagation down to every weight.
 
 The relevance of a connection is activation x weight x modified gradient, so that a score for every
-weight costs about one backward pass. See ``lib.relevance_rules`` for the rules and
-``lib.relevance_engine`` for the layers.
+weight costs about one backward pass. See ``rules`` for the rules and ``engine`` for how a
+forward pass is followed.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lib.relevance_data import AGGREGATES, STARTS, scored_weights
-from lib.relevance_layers import UnsupportedLayerError
-from lib.relevance_rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
-from lib.relevance_run import Run
+from lib.models import TRANSPOSED
+from lib.relevance.data import AGGREGATES, STARTS, scored_weights
+from lib.relevance.layers import UnsupportedLayerError
+from lib.relevance.rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
+from lib.relevance.run import Run
 
 __all__ = [
     "AGGREGATES", "COMPOSITES", "EPSILON", "RULES", "STARTS", "Rule", "UnsupportedLayerError",
@@ -153,7 +154,8 @@ def unit_sensitivity(
     dict of str to Tensor [output units]
         Weight name -> ``G_k``, at least 0: the weight that the squared quantization error of unit
         k deserves. Units are the rows of the weight; for transposed convolutions the output
-        channels; for embeddings its rows.
+        channels; for embeddings its rows, averaged over all positions of the input, also those
+        that look up other rows.
 
     Raises
     ------
@@ -176,17 +178,31 @@ def unit_sensitivity(
     }
 
 
-def filter_relevance(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def filter_relevance(
+    scores: Mapping[str, Tensor], model: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Add the scores of weights up to output channels.
 
     Parameters
     ----------
-    scores : mapping of str to Tensor [outputs, ...]
-        Weight name -> scores.
+    scores : mapping of str to Tensor
+        Weight name -> scores, shaped like the weight.
+    model : nn.Module, optional
+        The model scored. Needed where it has transposed convolutions, whose weights are
+        [inputs, outputs / groups, ...]; all others are [outputs, ...].
 
     Returns
     -------
     dict of str to Tensor [outputs]
-        Weight name -> sum over everything but the first axis.
+        Weight name -> sum over everything but the output channel.
     """
-    return {name: score.flatten(1).sum(1) for name, score in scores.items()}
+    groups = {} if model is None else {
+        f"{path}.weight": layer.groups for path, layer in model.named_modules()
+        if isinstance(layer, TRANSPOSED)
+    }
+    sums = {}
+    for name, score in scores.items():
+        if name in groups:
+            score = score.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)
+        sums[name] = score.flatten(1).sum(1)
+    return sums

@@ -1,10 +1,7 @@
 """Compressed models: what a file holds, saved, loaded and put back into a model."""
 
-import contextlib
 import copy
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lib.container import CompressedFileError, Constant, assemble, parse, payload, shape_of
+from lib.codec.container import CompressedFileError, Constant, assemble, parse, payload, shape_of
+from lib.files import write_bytes
 from lib.quantize import Codes
 
 __all__ = ["Compressed", "CompressedFileError", "Constant"]
@@ -97,17 +95,7 @@ class Compressed(Mapping):
             The file's size in bytes.
         """
         path, data = Path(path), self.to_bytes()
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_bytes(path, data)
         return len(data)
 
     @classmethod

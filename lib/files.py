@@ -1,0 +1,34 @@
+"""Files written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write under another name and rename: on any error an older file stays as it was.
+
+    Parameters
+    ----------
+    path : Path
+        Where to; its folder must exist.
+    data : bytes
+        The content.
+
+    Raises
+    ------
+    OSError
+        As raised by the system, a full disk among them; nothing half-written stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
