@@ -32,7 +32,7 @@ from lib.relevance import weight_relevance
 from lib.runs import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/relevance.csv"
-BATCH, BATCHES, REPEATS = 50, 2, 5
+BATCH, BATCHES, REPEATS = 50, 1, 3
 MODELS = ("resnet20", "vgg16")
 # method: (rule, aggregate, highest ratio that is good enough)
 METHODS = {
@@ -126,11 +126,11 @@ def rows(name, bar):
 
 def slope(name, bar):
     """Exponent of the growth of time with the number of images, ε and sum."""
-    sizes, times = [BATCH * 2**k for k in range(5)], []
+    sizes, times = [BATCH * 2**k for k in range(4)], []
     for images in sizes:
         arguments = problem(name, images)
         times.append(
-            statistics.median(seconds(method("epsilon, sum"), *arguments)[1] for _ in range(5))
+            statistics.median(seconds(method("epsilon, sum"), *arguments)[1] for _ in range(3))
         )
         bar.update()
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
@@ -138,7 +138,7 @@ def slope(name, bar):
 
 def main():
     start = time.perf_counter()
-    with tqdm(total=len(MODELS) * len(METHODS) * (REPEATS + 1) + 5) as bar:
+    with tqdm(total=len(MODELS) * len(METHODS) * (REPEATS + 1) + 4) as bar:
         table = pd.DataFrame([row for name in MODELS for row in rows(name, bar)])
         table["log-log slope over images"] = round(slope("resnet20", bar), 3)
     print(table.to_string(index=False))

@@ -160,7 +160,8 @@ def store_outputs() -> None:
         for cell, done in zip(stored.cells, cells, strict=True):
             if cell.cell_type == "code":
                 count += 1
-                cell.outputs, cell.execution_count = done.outputs, count
+                outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
+                cell.outputs, cell.execution_count = outputs, count
                 for output in cell.outputs:
                     if output.output_type == "execute_result":
                         output.execution_count = count

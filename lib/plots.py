@@ -24,18 +24,22 @@ plt.rcParams.update(
 )
 
 BLUE, ORANGE, GREY, RED = "#2458a6", "#e07b22", "#8a8a8a", "#b5384a"
-_FAMILIES = (("random", GREY), ("shuffled", GREY), ("reversed", RED), ("deeplift", ORANGE))
-
-
-_OTHERS = ("#2458a6", "#3a8f57", "#7b4fa3", "#12a4b8", "#8c6d31", "#c2479d")
+_FAMILIES = {
+    "random": (GREY, "--"),
+    "shuffled": (GREY, "--"),
+    "reversed": (RED, "--"),
+    "deeplift": (ORANGE, "-"),
+    "magnitude": ("#8c6d31", "-"),
+}
+_OTHERS = (BLUE, "#3a8f57", "#7b4fa3", "#12a4b8", "#c2479d", "#4d4d4d")
 
 
 def _style(name: str, position: int) -> dict:
-    """Colour by family, else by position: controls are dashed, grey or red, DeepLIFT is orange."""
+    """Colour by family, else by position: controls are dashed, baselines warm."""
     marker = {"marker": "osD^vPX*<>"[position % 10], "ms": 4}
-    for family, colour in _FAMILIES:
+    for family, (colour, line) in _FAMILIES.items():
         if family in name:
-            return {"color": colour, "ls": "-" if family == "deeplift" else "--", **marker}
+            return {"color": colour, "ls": line, **marker}
     return {"color": _OTHERS[position % len(_OTHERS)], "ls": "-", **marker}
 
 

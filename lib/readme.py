@@ -32,13 +32,28 @@ def latency_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def speed_table(results: Path) -> str:
+    """Time and memory of weight relevance as a Markdown table, from ``bench/relevance.csv``."""
+    head = "network | relevance | time / training step | to reach | peak MiB, 50 and 400 images"
+    lines = [f"| {head} (allowed) |", "|-|-|-|-|-|"]
+    for row in pd.read_csv(results / "bench" / "relevance.csv").to_dict("records"):
+        memory = f"{row['peak MiB']:.0f}, {row['peak MiB, 8 x images']:.0f}"
+        allowed = f"({row['training peak + weights MiB']:.0f})"
+        lines.append(
+            f"| {row['model']} | {row['method']} | {row['ratio']:.2f} | {row['target']} "
+            f"| {memory} {allowed} |"
+        )
+    return "\n".join(lines)
+
+
 def filled(text: str, root: Path = ROOT) -> str:
     """The README's text with every block between markers written anew.
 
     Parameters
     ----------
     text : str
-        Holds ``<!-- claims: PROFILE -->`` or ``<!-- latency: bench -->``, then ``<!-- end -->``.
+        Holds ``<!-- claims: PROFILE -->``, ``<!-- latency: bench -->`` or
+        ``<!-- speed: bench -->``, then ``<!-- end -->``.
     root : Path
         Folder of ``results/``.
 
@@ -49,13 +64,14 @@ def filled(text: str, root: Path = ROOT) -> str:
 
     def block(match: re.Match) -> str:
         results = root / "results"
-        if match["kind"] == "latency":
-            table = latency_table(results)
+        tables = {"latency": latency_table, "speed": speed_table}
+        if match["what"] == "bench":
+            table = tables[match["kind"]](results)
         else:
             table = claims_table(results / match["what"])
         return f"<!-- {match['kind']}: {match['what']} -->\n\n{table}\n\n<!-- end -->"
 
-    pattern = r"<!-- (?P<kind>claims|latency): (?P<what>\w+) -->.*?<!-- end -->"
+    pattern = r"<!-- (?P<kind>claims|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, block, text, flags=re.S)
 
 

@@ -67,13 +67,13 @@ PROFILES = {
     "quick": Profile(
         {"digits": ("lenet5", "resnet8")},
         seeds=(0,),
-        per_class=20,
-        finetune=60,
+        per_class=15,
+        finetune=50,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
-            "layers": (1.5, 2, 3, 4, 5),
-            "rate-distortion": tuple(10 ** (step / 4 - 2.5) for step in range(5)),
+            "layers": (1.5, 2, 3, 4),
+            "rate-distortion": (0.003, 0.01, 0.03),
         },
         kept=(0.15, 0.05),
     ),

@@ -1,8 +1,9 @@
 """The numbers that the notebooks just wrote, against the committed ones, with tolerances.
 
-Processors round differently, and training amplifies it; a network may then classify a few of the
-360 test images otherwise. What is deterministic on one machine is compared more closely above, by
-the stored outputs of the notebooks.
+Processors round differently, and fine-tuning and greedy choices amplify it; a network may then
+classify a few of the 360 test images otherwise. The accuracy of a network that collapsed means
+nothing beyond that it collapsed: any rounding changes it by many points. So accuracies are compared
+where a network is still of use, and collapse is compared as such.
 """
 
 import json
@@ -34,9 +35,11 @@ def test_tables_agree(name):
     assert len(both) == len(committed)
     size = (both["file_bytes_now"] / both["file_bytes"] - 1).abs()
     assert size.max() < 0.15, both.loc[size.idxmax(), KEYS].to_dict()
-    moved = (both["test_accuracy_now"] - both["test_accuracy"]).abs()
-    assert moved.median() <= 1.0
-    assert moved.quantile(0.9) <= 5.0
+    lost = both["base_test_accuracy"] - both["test_accuracy"]
+    lost_now = both["base_test_accuracy_now"] - both["test_accuracy_now"]
+    moved = (lost_now - lost).abs()[lost <= 10]
+    assert len(moved) and moved.median() <= 1.0 and moved.quantile(0.9) <= 5.0
+    assert (lost_now[lost > 30] > 5).all(), both[(lost > 30) & (lost_now <= 5)][KEYS].to_dict()
 
 
 def test_claims_are_the_same_sentences():
@@ -45,3 +48,12 @@ def test_claims_are_the_same_sentences():
         return [(c["id"], c["where"], c["claim"], c["paper"]) for c in rows]
 
     assert sentences(WRITTEN) == sentences(COMMITTED) != []
+
+
+def test_few_verdicts_depend_on_the_processor():
+    def verdicts(folder):
+        rows = [c for p in sorted(folder.glob("claims-*.json")) for c in json.loads(p.read_text())]
+        return [claim["holds"] for claim in rows]
+
+    pairs = list(zip(verdicts(WRITTEN), verdicts(COMMITTED), strict=True))
+    assert sum(now == then for now, then in pairs) >= 0.8 * len(pairs)
