@@ -2,8 +2,9 @@
 
 Processors round differently, and fine-tuning and greedy choices amplify it; a network may then
 classify a few of the 360 test images otherwise. The accuracy of a network that collapsed means
-nothing beyond that it collapsed: any rounding changes it by many points. So accuracies are compared
-where a network is still of use, and collapse is compared as such.
+nothing beyond that it collapsed: any rounding changes it by many points. Nor does its exact size,
+where the weights kept are those of least relevance, ranked among zeros by rounding. So networks
+that are still of use are compared closely, and collapse is compared as such.
 """
 
 import json
@@ -33,11 +34,13 @@ def test_tables_agree(name):
         return
     both = committed.merge(written, on=KEYS, suffixes=("", "_now"), validate="one_to_one")
     assert len(both) == len(committed)
-    size = (both["file_bytes_now"] / both["file_bytes"] - 1).abs()
-    assert size.max() < 0.15, both.loc[size.idxmax(), KEYS].to_dict()
     lost = both["base_test_accuracy"] - both["test_accuracy"]
     lost_now = both["base_test_accuracy_now"] - both["test_accuracy_now"]
-    moved = (lost_now - lost).abs()[lost <= 10]
+    size = (both["file_bytes_now"] / both["file_bytes"] - 1).abs()
+    useful = lost <= 10
+    assert size[useful].max() < 0.15, both.loc[size[useful].idxmax(), KEYS].to_dict()
+    assert size.max() < 1, both.loc[size.idxmax(), KEYS].to_dict()
+    moved = (lost_now - lost).abs()[useful]
     assert len(moved) and moved.median() <= 1.0 and moved.quantile(0.9) <= 5.0
     assert (lost_now[lost > 30] > 5).all(), both[(lost > 30) & (lost_now <= 5)][KEYS].to_dict()
 
