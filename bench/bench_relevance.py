@@ -33,6 +33,7 @@ from lib.runs import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/relevance.csv"
 BATCH, BATCHES, REPEATS = 50, 1, 3
+SIZES = [BATCH * 2**k for k in range(4)]  # images, for the growth of time
 MODELS = ("resnet20", "vgg16")
 # method: (rule, aggregate, highest ratio that is good enough)
 METHODS = {
@@ -126,19 +127,18 @@ def rows(name, bar):
 
 def slope(name, bar):
     """Exponent of the growth of time with the number of images, ε and sum."""
-    sizes, times = [BATCH * 2**k for k in range(4)], []
-    for images in sizes:
+    times = []
+    for images in SIZES:
         arguments = problem(name, images)
-        times.append(
-            statistics.median(seconds(method("epsilon, sum"), *arguments)[1] for _ in range(3))
-        )
+        measured = [seconds(method("epsilon, sum"), *arguments)[1] for _ in range(REPEATS)]
+        times.append(statistics.median(measured))
         bar.update()
-    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+    return float(np.polyfit(np.log(SIZES), np.log(times), 1)[0])
 
 
 def main():
     start = time.perf_counter()
-    with tqdm(total=len(MODELS) * len(METHODS) * (REPEATS + 1) + 4) as bar:
+    with tqdm(total=len(MODELS) * len(METHODS) * (REPEATS + 1) + len(SIZES)) as bar:
         table = pd.DataFrame([row for name in MODELS for row in rows(name, bar)])
         table["log-log slope over images"] = round(slope("resnet20", bar), 3)
     print(table.to_string(index=False))

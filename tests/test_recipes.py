@@ -86,27 +86,19 @@ def test_filters_go_whole(trained, references):
             assert (rows.all(1) | ~rows.any(1)).all() and rows.all(1).sum() == len(rows) // 2
 
 
-@pytest.mark.parametrize("name", ["lrp-rd", "lrp-gradual", "deeplift-baseline", "uniform"])
-@pytest.mark.parametrize("budget", [{"bits": 4.5}, {"ratio": 9}])
-def test_budgets_hold_for_the_real_file(name, budget, trained, references, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # Only the knob of the first has no steps.
+    [("lrp-rd", 0.93), ("lrp-gradual", 0.75), ("deeplift-baseline", 0.75), ("uniform", 0.75)],
+)
+@pytest.mark.parametrize("budget", [{"bits": 4.5}, {"bits": 3}, {"ratio": 9}])
+def test_budgets_hold_for_the_real_file(name, least, budget, trained, references, tmp_path):
     recipe = replace(RECIPES[name], rounds=1)
     size = compress(trained, *references, recipe, **budget).save(tmp_path / "file")
     weights = sum(p.numel() for p in trained.parameters() if p.ndim > 1)
     floats = sum(4 * value.numel() for value in trained.state_dict().values())
     most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
-    assert 0.75 * most < size <= most
-
-
-@pytest.mark.parametrize("recipe", ["lrp-rd", "lrp-gradual", "uniform"])
-@pytest.mark.parametrize("budget", [{"ratio": 12.0}, {"bits": 3.0}])
-def test_a_budget_of_bytes_is_met_by_the_real_file(trained, references, tmp_path, recipe, budget):
-    size = compress(trained, *references, recipe, **budget).save(tmp_path / "file.xaic")
-    weights = sum(p.numel() for p in trained.parameters() if p.ndim > 1)
-    floats = sum(4 * value.numel() for value in trained.state_dict().values())
-    most = floats / budget["ratio"] if "ratio" in budget else weights * budget["bits"] / 8
-    assert size <= most
-    if recipe == "lrp-rd":  # its knob has no steps, so little of the budget is left over
-        assert size > 0.93 * most
+    assert least * most < size <= most
 
 
 def test_max_drop_is_met_on_the_validation_split(trained, references):
