@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,7 +20,7 @@ class Schedule:
     Attributes
     ----------
     epochs : int
-        Passes over the training split.
+        Passes over the training split in one cycle of the learning rate.
     lr : float
         Highest learning rate.
     batch_size : int
@@ -29,6 +30,9 @@ class Schedule:
     precision : str
         ``float32``; ``float64``, in which processors that round differently still end at the
         same network; ``bfloat16``, where the device multiplies it in hardware, else float32.
+    cycles : int
+        Cycles, each started from the network that the one before it left (warm restarts,
+        Loshchilov and Hutter 2017). Where a checkpoint has fewer, the missing ones are added.
     """
 
     epochs: int
@@ -36,6 +40,7 @@ class Schedule:
     batch_size: int = 128
     augment: bool = False
     precision: str = "float32"
+    cycles: int = 1
 
 
 SCHEDULES = {
@@ -44,8 +49,8 @@ SCHEDULES = {
     ("digits", "resnet8"): Schedule(15, 0.1, 64, precision="float64"),
     ("mnist", "lenet300"): Schedule(20, 0.1),
     ("mnist", "lenet5"): Schedule(20, 0.05),
-    ("cifar", "resnet20"): Schedule(30, 0.4, augment=True, precision="bfloat16"),
-    ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, precision="bfloat16"),
+    ("cifar", "resnet20"): Schedule(20, 0.2, augment=True, precision="bfloat16", cycles=2),
+    ("cifar", "vgg16"): Schedule(10, 0.1, augment=True, precision="bfloat16"),
 }
 
 
@@ -98,7 +103,9 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     path = folder / f"{name}.safetensors"
     images, labels = load(dataset, "val")
     network = build(model, channels=images.shape[1], classes=10, seed=seed)
-    if not path.exists():
+    for cycle in range(_cycles(path), how.cycles):
+        if cycle:
+            network.load_state_dict(load_file(path))
         images, labels = load(dataset, "train")
         partial = folder / f"{name}.partial.pt"
         device = pick_device()
@@ -112,14 +119,26 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
             batch_size=how.batch_size,
             augment=augment_crop_flip if how.augment else None,
             bfloat16=how.precision == "bfloat16" and multiplies_bfloat16(device),
-            seed=seed,
+            seed=seed + 1000 * cycle,
             checkpoint=partial,
-            progress=name if progress else None,
+            progress=f"{name}, cycle {cycle + 1} of {how.cycles}" if progress else None,
         ).to("cpu", torch.float32)
-        state = {key: value.contiguous() for key, value in network.state_dict().items()}
-        written = path.with_suffix(".writing")
-        save_file(state, written, metadata={"schedule": repr(how), "torch": torch.__version__})
-        written.replace(path)
+        _keep(network, path, {"schedule": repr(how), "cycles": str(cycle + 1)})
         partial.unlink()
     network.load_state_dict(load_file(path))
     return network.eval()
+
+
+def _cycles(path: Path) -> int:
+    """How many cycles of training a checkpoint has had."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {}).get("cycles", 1))
+
+
+def _keep(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    written = path.with_suffix(".writing")
+    save_file(state, written, metadata=metadata | {"torch": torch.__version__})
+    written.replace(path)

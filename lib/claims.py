@@ -345,7 +345,8 @@ def headline(
             ),
             Claim(
                 "C2",
-                f"more accurate than the XAI baseline in a file no larger ({label})",
+                "more accurate than the XAI baseline in a file no larger, or its smallest "
+                f"({label})",
                 where,
                 "42 %",
                 f"{text(relative, 1, ' % relative')}, {text(points, 1, ' points')}",

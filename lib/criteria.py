@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.models import fold_batchnorm
 from lib.relevance import AGGREGATES, COMPOSITES, RULES, STARTS, weight_relevance
 from lib.relevance.data import check_logits, check_samples, scored_weights
 from lib.relevance.deeplift import deeplift
@@ -77,6 +78,11 @@ def integrated_gradients(
 def magnitude(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     """Absolute value of the weight as trained: BatchNorm is not folded (Han et al. 2015)."""
     return {name: w.detach().abs() for name, w in scored_weights(model).items()}
+
+
+def magnitude_folded(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """Absolute value of the weight with BatchNorm folded into it, as it is stored."""
+    return magnitude(fold_batchnorm(model), images, labels)
 
 
 def wanda(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
@@ -169,6 +175,7 @@ _BASELINES: dict[str, Criterion] = {
     "grad-times-weight": grad_times_weight,
     "integrated-gradients": integrated_gradients,
     "magnitude": magnitude,
+    "magnitude-folded": magnitude_folded,
     "wanda": wanda,
     "taylor": taylor,
     "fisher": fisher,

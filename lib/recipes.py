@@ -14,12 +14,16 @@ from lib.codec import Compressed, Constant
 from lib.criteria import CRITERIA
 from lib.models import batchnorm_pairs, fold_batchnorm
 from lib.quantize import Codes
-from lib.train import Batches, evaluate, finetune
+from lib.train import OPTIMISERS, Batches, evaluate, finetune
 
 __all__ = ["RECIPES", "Compressed", "Prepared", "Recipe", "compress", "encode", "prepare"]
 
-PRUNING = ("none", "nonpositive", "top", "filters")
-TIERS = (0, 2, 4, 8)
+_CHOICES = {
+    "pruning": ("none", "nonpositive", "top", "filters"),
+    "quantizer": ("tiers", "uniform", "layers", "rate-distortion"),
+    "scope": ("global", "layer"),
+    "optimiser": tuple(OPTIMISERS),
+}
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 KNOBS = {"tiers": "bits", "uniform": "bits", "layers": "bits", "rate-distortion": "lam"}
 KNOB_VALUES = {
@@ -46,21 +50,33 @@ class Recipe:
         the highest summed score, and of the other layers' weights.
     density : float
         Share kept by ``top`` and ``filters``, in (0, 1].
+    scope : str
+        ``top`` only: rank the weights of all layers together (``global``) or of each layer
+        (``layer``).
     rounds : int
         Removal in this many rounds, scored anew before each.
+    layerwise : bool
+        In each round, one layer after the other, scored anew and repaired in between.
     fraction : float
         ``nonpositive`` only: share of the non-positive weights that a round removes, those
         nearest zero first. One round at 1 is the literal rule.
     refit : bool
-        After each round, refit the kept weights to the dense layers' outputs (no labels).
+        After each removal, refit the kept weights to the dense layers' outputs (no labels).
+    renormalise : bool
+        After each removal, give every unit the mean and deviation that it had: what estimating
+        BatchNorm's statistics anew does (no labels). Before the refit, if both are asked for.
     finetune : int
-        Adam steps with labels after the last round; needs ``train``.
+        Steps with labels after the last round; needs ``train``.
+    optimiser : str
+        Of these steps: ``adam`` or ``sgd`` (see ``lib.train.finetune``).
     quantizer : str
         ``tiers``: k classes of weights by score, more bits for higher scores; ``uniform``: the
         same bits for all; ``layers``: one integer width per layer by importance, k-means weight
         sharing; ``rate-distortion``: minimise relevance-weighted damage + lam * bits.
     bits : float
         Mean width of ``tiers``, ``uniform`` and ``layers``.
+    widths : tuple of int
+        Bits of the ``tiers``, ascending, the first 0: that of removed weights.
     lam : float
         Price of a bit for ``rate-distortion``: the damage that saving one may do, in units of
         what removing all weights would do, divided by their number. So it means about the same
@@ -73,12 +89,17 @@ class Recipe:
     criterion: str = "lrp-epsilon"
     pruning: str = "nonpositive"
     density: float = 0.5
+    scope: str = "global"
     rounds: int = 1
     fraction: float = 1.0
+    layerwise: bool = False
     refit: bool = False
+    renormalise: bool = False
     finetune: int = 0
+    optimiser: str = "adam"
     quantizer: str = "tiers"
     bits: float = 4.0
+    widths: tuple[int, ...] = (0, 2, 4, 8)
     lam: float = 0.01
     precision: str = ""
 
@@ -86,12 +107,15 @@ class Recipe:
         for name in (self.criterion, self.decides.removeprefix("shuffled:")):
             if name != "alike":
                 CRITERIA[name]  # raises for an unknown name, and lists the known
-        if self.pruning not in PRUNING:
-            raise ValueError(f"unknown pruning {self.pruning!r}; known: {', '.join(PRUNING)}")
-        if self.quantizer not in KNOBS:
-            raise ValueError(f"unknown quantizer {self.quantizer!r}; known: {', '.join(KNOBS)}")
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"unknown {field} {getattr(self, field)!r}; known: {', '.join(known)}"
+                )
         if self.rounds < 1 or not 0 < self.density <= 1:
             raise ValueError("rounds must be at least 1 and density in (0, 1]")
+        if self.widths[:1] != (0,) or list(self.widths) != sorted({*self.widths}):
+            raise ValueError(f"widths must ascend from 0, not {self.widths}")
 
     @property
     def decides(self) -> str:
@@ -180,7 +204,7 @@ def _next_masks(recipe: Recipe, scores, masks, round_: int) -> dict[str, Tensor]
     density = recipe.density ** ((round_ + 1) / recipe.rounds)
     scores = {name: score.masked_fill(~masks[name], -math.inf) for name, score in scores.items()}
     if recipe.pruning == "top":
-        return prune.keep_top(scores, density)
+        return prune.keep_top(scores, density, scope=recipe.scope)
     flat = {name: score for name, score in scores.items() if score.ndim == 2}
     unstructured = prune.keep_top(flat, density) if flat else {}
     return prune.intersect(prune.filters(scores, density, scope="layer"), unstructured)
@@ -227,13 +251,19 @@ def prepare(
     masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
     working = copy.deepcopy(dense)
     for round_ in range(recipe.rounds if recipe.pruning != "none" else 0):
-        scores = _score(recipe.criterion, working, images, labels, scales)
-        masks = _next_masks(recipe, scores, masks, round_)
-        working = prune.apply(working, masks)
-        if recipe.refit:
-            working = reconstruct.refit(dense, working, masks, images)
+        for part in [[name] for name in masks] if recipe.layerwise else [list(masks)]:
+            scores = _score(recipe.criterion, working, images, labels, scales)
+            removed = _next_masks(recipe, scores, masks, round_)
+            now = {name: removed[name] for name in part}
+            masks, working = masks | now, prune.apply(working, now)
+            if recipe.renormalise:
+                working = reconstruct.renormalise(dense, working, now, images)
+            if recipe.refit:
+                working = reconstruct.refit(dense, working, now, images)
     if recipe.finetune:
-        working = finetune(working, masks, train, steps=recipe.finetune, seed=seed)
+        working = finetune(
+            working, masks, train, steps=recipe.finetune, optimiser=recipe.optimiser, seed=seed
+        )
     moments, units, damage = {}, {}, 0.0
     if recipe.quantizer == "rate-distortion":
         moments = reconstruct.input_moments(working, images, centered=True)
@@ -257,9 +287,11 @@ def _codes(prepared: Prepared, recipe: Recipe) -> dict[str, Codes]:
     if recipe.quantizer == "rate-distortion":
         return {name: _distort(prepared, recipe.lam, name, w) for name, w in weights.items()}
     if recipe.quantizer == "tiers":
-        shares = tier_shares(scores, masks, TIERS, recipe.bits)
+        shares = tier_shares(scores, masks, recipe.widths, recipe.bits)
         return {
-            n: quantize.score_tiers(w, scores[n], widths=TIERS, shares=shares[n], mask=masks[n])
+            n: quantize.score_tiers(
+                w, scores[n], widths=recipe.widths, shares=shares[n], mask=masks[n]
+            )
             for n, w in weights.items()
         }
     if recipe.quantizer == "layers":
@@ -420,9 +452,10 @@ def compress(
         Validation images and labels, for ``max_drop``.
     bits, ratio, max_drop : float, optional
         At most one budget, met by search over the recipe's knob on the size of the real file:
-        the best that takes at most ``bits`` per weight (all bytes of the file counted); that is
-        at least ``ratio`` times smaller than the float32 ``state_dict``; or the smallest that
-        loses at most ``max_drop`` points of accuracy on ``val``.
+        a file, as large as may be or up to 3 % smaller where the knob has no steps, that takes
+        at most ``bits`` per weight (all bytes of the file counted) or is at least ``ratio`` times
+        smaller than the float32 ``state_dict``; or the smallest that loses at most ``max_drop``
+        points of accuracy on ``val``.
     seed : int
         Of the order in fine-tuning.
 

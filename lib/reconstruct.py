@@ -68,7 +68,7 @@ def input_moments(model: nn.Module, images: Tensor, *, batch_size: int = 50,
         layer.register_forward_hook(accumulate(name))
     with torch.no_grad():
         for batch in images.split(batch_size):
-            model(batch.to(_device(model)))
+            model(_ready(batch, model))
     moments = {}
     for name, gram in sums.items():
         moment = gram[:, :-1, :-1]
@@ -174,17 +174,105 @@ def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor, *,
     _check(images)
     corrected = copy.deepcopy(quantized)
     with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(corrected):
+        targets = _statistics(dense, images, batch_size)
         for name, calls in _order(corrected, images[:1]).items():
             layer = corrected.get_submodule(name)
             if layer.bias is None:
                 continue
-            means = []
-            for model in (dense, corrected):
-                outputs = [_units(layer, output).double().flatten(0, 1)
-                           for _, output in _run(model, name, images, batch_size, calls)]
-                means.append(sum(o.sum(1) for o in outputs) / sum(o.shape[1] for o in outputs))
-            layer.bias.data += (means[0] - means[1]).to(layer.bias.dtype)
+            mean, _ = _statistic(corrected, name, images, batch_size, calls)
+            layer.bias.data += (targets[name][0] - mean).to(layer.bias.dtype)
     return corrected
+
+
+def renormalise(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: Tensor, *,
+                batch_size: int = 50) -> nn.Module:
+    """Give each unit's pre-activation the mean and standard deviation of the dense network's.
+
+    Parameters
+    ----------
+    dense, pruned : nn.Module
+        The network before and after pruning, of one architecture; run in eval mode.
+    masks : dict of Tensor
+        bool by weight name; layers without a mask are left as they are.
+    images : Tensor
+        float32 [N, ...].
+    batch_size : int
+        Images per forward pass.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``pruned`` with other gains (factors of the weights) and biases; removed weights
+        stay zero.
+
+    Raises
+    ------
+    ValueError
+        If there are no images or they hold values that are not finite.
+
+    Notes
+    -----
+    ``w ← w s / ŝ`` and ``b ← m + (b − m̂) s / ŝ``, with m, s the unit's mean and deviation in the
+    dense network and m̂, ŝ in the pruned one. Where the dense layer's BatchNorm is folded, m and s
+    are its shift and gain, and this is what estimating its statistics anew on the images comes to
+    (Ioffe and Szegedy 2015, algorithm 2). Layers without a bias are only scaled.
+    """
+    _check(images)
+    repaired = copy.deepcopy(pruned)
+    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired):
+        targets = _statistics(dense, images, batch_size)
+        for name, calls in _order(repaired, images[:1]).items():
+            layer = repaired.get_submodule(name)
+            if f"{name}.weight" not in masks:
+                continue
+            target, wanted = targets[name]
+            mean, deviation = _statistic(repaired, name, images, batch_size, calls)
+            gain = torch.where(deviation > 0, wanted / deviation, 1).to(layer.weight.dtype)
+            layer.weight.data *= gain.view(-1, *[1] * (layer.weight.ndim - 1))
+            if layer.bias is not None:
+                layer.bias.data.sub_(mean).mul_(gain).add_(target)
+    return repaired
+
+
+class _Sums:
+    """Sums over a unit's pre-activations, for their mean and standard deviation."""
+
+    def __init__(self):
+        self.count = self.total = self.squares = 0
+
+    def add(self, units):
+        units = units.double()
+        self.count += units.shape[2]
+        self.total = self.total + units.sum(2).flatten()
+        self.squares = self.squares + units.square().sum(2).flatten()
+
+    def moments(self):
+        mean = self.total / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+
+
+def _statistics(model, images, batch_size):
+    """Mean and deviation [units] of all layers in one pass: the network stays as it is."""
+    sums = {name: _Sums() for name in _layers(model)}
+    handles = [layer.register_forward_hook(
+                   lambda layer, _, output, name=name: sums[name].add(_units(layer, output)))
+               for name, layer in _layers(model).items()]
+    try:
+        with torch.no_grad():
+            for batch in images.split(batch_size):
+                model(_ready(batch, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: each.moments() for name, each in sums.items() if each.count}
+
+
+def _statistic(model, name, images, batch_size, calls):
+    """The same of one layer, in a network whose later layers are not final yet."""
+    sums = _Sums()
+    for _, output in _run(model, name, images, batch_size, calls):
+        sums.add(_units(model.get_submodule(name), output))
+    return sums.moments()
 
 
 def _fit(layer, mask, gram, residual, ridge):
@@ -275,7 +363,7 @@ def _run(model, name, images, batch_size, calls):
         for batch in images.split(batch_size):
             seen.clear()
             with suppress(_Reached), torch.no_grad():
-                model(batch.to(_device(model)))
+                model(_ready(batch, model))
             yield from list(seen)
     finally:
         handle.remove()
@@ -288,7 +376,7 @@ def _order(model, images):
                for name, layer in _layers(model).items()]
     try:
         with torch.no_grad():
-            model(images.to(_device(model)))
+            model(_ready(images, model))
     finally:
         for handle in handles:
             handle.remove()
@@ -309,8 +397,10 @@ def _layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
 
 
-def _device(model):
-    return next(model.parameters()).device
+def _ready(batch, model):
+    """A batch on the model's device, in the layout in which convolutions are fastest."""
+    batch = batch.to(next(model.parameters()).device)
+    return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
 
 def _check(images):

@@ -1,5 +1,6 @@
 """Runs of the comparison: profiles, results that are not computed twice, provenance, claims."""
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,32 +42,31 @@ class Profile:
 
     Attributes
     ----------
-    networks : dict of str to tuple of str
-        Models by data set.
-    seeds : tuple of int
-        Each trains and compresses its own base network.
+    networks : dict of str to dict of str to tuple of int
+        By data set and model the seeds, each of which trains and compresses its own network.
     per_class : int
         Reference images of each class, from the training split.
     finetune : int
         Steps, for every recipe that fine-tunes.
     knobs : dict of str to tuple of float
         For each quantizer, the settings of its knob that make a curve.
+    prices : dict of str to tuple of float
+        By model the knobs of ``rate-distortion``, where a network's curve bends elsewhere.
     kept : tuple of float
         Shares of weights kept, for comparing criteria.
     """
 
-    networks: dict[str, tuple[str, ...]]
-    seeds: tuple[int, ...]
+    networks: dict[str, dict[str, tuple[int, ...]]]
     per_class: int
     finetune: int
     knobs: dict[str, tuple[float, ...]]
+    prices: dict[str, tuple[float, ...]]
     kept: tuple[float, ...]
 
 
 PROFILES = {
     "quick": Profile(
-        {"digits": ("lenet5", "resnet8")},
-        seeds=(0,),
+        {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
         finetune=50,
         knobs={
@@ -75,19 +75,23 @@ PROFILES = {
             "layers": (1.5, 2, 3, 4),
             "rate-distortion": (0.003, 0.01, 0.03),
         },
+        prices={},
         kept=(0.15, 0.05),
     ),
     "paper": Profile(
-        {"mnist": ("lenet300", "lenet5"), "cifar10-jpeg": ("resnet20",)},
-        seeds=(0, 1, 2),
-        per_class=100,
+        {
+            "mnist": {"lenet300": (0, 1, 2), "lenet5": (0, 1, 2)},
+            "cifar10-jpeg": {"resnet20": (0,)},
+        },
+        per_class=50,
         finetune=300,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
-            "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(11)),
+            "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(9)),
         },
+        prices={"resnet20": tuple(10 ** (step / 4 - 3) for step in range(5))},
         kept=(0.1, 0.03),
     ),
 }
@@ -157,8 +161,8 @@ class Study:
         self.cases = [
             Case(dataset, model, seed + offset)
             for dataset, models in networks.items()
-            for model in models
-            for offset in self.profile.seeds
+            for model, seeds in models.items()
+            for offset in seeds
         ]
         self.results = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / profile
         self.figures = Path(os.environ.get("FIGURES_ROOT", ROOT / "figures")) / profile
@@ -172,7 +176,7 @@ class Study:
         self.scratch = CACHE / profile
         self.scratch.mkdir(parents=True, exist_ok=True)
 
-    def _networks(self, dataset: str) -> tuple[str, ...]:
+    def _networks(self, dataset: str) -> dict[str, tuple[int, ...]]:
         if dataset not in DATASETS:
             raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
         kind = "cifar10-jpeg" if dataset == "cifar10" else dataset
@@ -202,6 +206,7 @@ class Study:
         recipes: dict[str, Recipe],
         knobs: dict[str, Iterable[float]] | None = None,
         cases: list[Case] | None = None,
+        per_class: int | None = None,
     ) -> pd.DataFrame:
         """Run recipes on cases; a run whose result is there is not done again.
 
@@ -210,72 +215,85 @@ class Study:
         recipes : dict of str to Recipe
             By the name that they have in tables.
         knobs : dict of str to iterable of float, optional
-            For each quantizer, settings of its knob that replace the recipe's own.
+            For each quantizer, settings of its knob that replace the recipe's own; those of
+            ``rate-distortion`` give way to the profile's ``prices`` of a model.
         cases : list of Case, optional
             All of the profile's by default.
+        per_class : int, optional
+            Reference images of each class; the profile's by default.
 
         Returns
         -------
         DataFrame
-            A row per run: dataset, model, seed, recipe, knob, density, file_bytes, ratio (float32
-            ``state_dict`` bytes over ``file_bytes``), bits (of the file per weight), val_accuracy
-            and test_accuracy of the model loaded from the file, and the base network's (percent).
+            A row per run: dataset, model, seed, recipe, knob, per_class, density, file_bytes,
+            ratio (float32 ``state_dict`` bytes over ``file_bytes``), bits (of the file per
+            weight), val_accuracy and test_accuracy of the model loaded from the file, and the base
+            network's (percent).
         """
         cases = self.cases if cases is None else cases
+        images = per_class or self.profile.per_class
         for case in cases:
             self.base(case)
-        jobs = []
-        for case in cases:
-            for name, recipe in recipes.items():
-                knob = KNOBS[recipe.quantizer]
-                values = (knobs or {}).get(recipe.quantizer, [getattr(recipe, knob)])
-                variants = [replace(recipe, **{knob: float(value)}) for value in values]
-                jobs.append((case, name, variants))
-        missing = [
-            job
-            for job in jobs
-            if not all(self._path(job[0], job[1], variant).exists() for variant in job[2])
+        jobs = [
+            (case, name, self._variants(case, recipe, knobs or {}), images)
+            for case in cases
+            for name, recipe in recipes.items()
         ]
-        workers = Parallel(n_jobs=os.cpu_count(), return_as="generator_unordered")
+        missing = [
+            (case, name, variants, images)
+            for case, name, variants, images in jobs
+            if not all(self._path(case, name, each, images).exists() for each in variants)
+        ]
+        workers = Parallel(n_jobs=cpu_count(), return_as="generator_unordered")
         done = workers(delayed(self._run)(*job) for job in missing)
         for _ in tqdm(done, total=len(missing), desc="recipes", disable=not missing):
             pass
         rows = [
-            json.loads(self._path(case, name, variant).read_text())
-            for case, name, variants in jobs
+            json.loads(self._path(case, name, variant, images).read_text())
+            for case, name, variants, images in jobs
             for variant in variants
         ]
         return pd.DataFrame(rows).drop(columns="provenance")
 
-    def _path(self, case: Case, name: str, recipe: Recipe) -> Path:
-        key = json.dumps([asdict(recipe), self.profile.per_class], sort_keys=True)
+    def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
+        knob = KNOBS[recipe.quantizer]
+        values = knobs.get(recipe.quantizer, [getattr(recipe, knob)])
+        if recipe.quantizer == "rate-distortion" and recipe.quantizer in knobs:
+            values = self.profile.prices.get(case.model, values)
+        return [replace(recipe, **{knob: float(value)}) for value in values]
+
+    def _path(self, case: Case, name: str, recipe: Recipe, per_class: int) -> Path:
+        key = json.dumps([asdict(recipe), per_class], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         return self.runs / str(case) / f"{name}-{digest}.json"
 
-    def _file(self, case: Case, name: str, recipe: Recipe) -> Path:
-        record = self._path(case, name, recipe)
-        return CACHE / self.name / "files" / str(case) / record.with_suffix(".xaic").name
+    def _file(self, record: Path) -> Path:
+        folder = CACHE / self.name / "files" / record.parent.name
+        return folder / record.with_suffix(".xaic").name
 
-    def _run(self, case: Case, name: str, variants: list[Recipe]) -> None:
+    def _run(self, case: Case, name: str, variants: list[Recipe], per_class: int) -> None:
         torch.set_num_threads(1)
         start = time.perf_counter()
         model = self.base(case)
         train = split(case.dataset, "train")
-        prepared = prepare(model, *self.references(case), variants[0], train, case.seed)
+        references = self.references(case, per_class)
+        prepared = prepare(model, *references, variants[0], train, case.seed)
         weights = sum(mask.numel() for mask in prepared.masks.values())
         floats = float_bytes(model)
         bases = {
             f"base_{part}_accuracy": _base_accuracy(case, self.checkpoints, part)
             for part in ("val", "test")
         }
-        self._file(case, name, variants[0]).parent.mkdir(parents=True, exist_ok=True)
         for variant in variants:
-            record, file = self._path(case, name, variant), self._file(case, name, variant)
+            record = self._path(case, name, variant, per_class)
+            file = self._file(record)
+            file.parent.mkdir(parents=True, exist_ok=True)
             size = encode(prepared, variant).save(file)
             loaded = Compressed.load(file).to_model(model)
             row = asdict(case) | {
                 "recipe": name,
                 "knob": getattr(variant, KNOBS[variant.quantizer]),
+                "per_class": per_class,
                 "density": density(prepared.masks),
                 "file_bytes": size,
                 "ratio": floats / size,
@@ -315,7 +333,7 @@ class Study:
         return pd.DataFrame([row for path in paths for row in json.loads(path.read_text())])
 
     def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
-        """Keep the files of chosen runs of the first seed, each beside its record.
+        """Keep the files of chosen runs of the first seed, each beside its record, and no others.
 
         Parameters
         ----------
@@ -326,22 +344,27 @@ class Study:
         """
         folder = self.results / "models"
         folder.mkdir(parents=True, exist_ok=True)
+        names = set()
         chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
         for row in chosen.itertuples():
             case = Case(row.dataset, row.model, row.seed)
             recipe = recipes[row.recipe]
             recipe = replace(recipe, **{KNOBS[recipe.quantizer]: row.knob})
-            record, file = (
-                where(case, row.recipe, recipe) for where in (self._path, self._file)
-            )
+            record = self._path(case, row.recipe, recipe, row.per_class)
+            file = self._file(record)
             name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
+            names.add(name)
             kept = folder / f"{name}.json"
             if kept.exists() and kept.read_text() == record.read_text():
                 continue
             if not file.exists():
-                self._run(case, row.recipe, [recipe])
+                self._run(case, row.recipe, [recipe], row.per_class)
             shutil.copy(file, folder / f"{name}.xaic")
             shutil.copy(record, kept)
+        ours = tuple(f"{case}-" for case in self.cases)
+        for old in folder.iterdir():
+            if old.stem not in names and old.name.startswith(ours):
+                old.unlink()
 
     def save_figure(self, name: str, figure) -> None:
         """Write ``figures/<profile>/<name>.png``, the same bytes for the same picture."""
@@ -410,11 +433,19 @@ def write_json(path: Path, content) -> None:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the code that results depend on: ``lib/`` without plots and bookkeeping."""
+    """SHA-256 of the code that results depend on: ``lib/`` without plots and bookkeeping.
+
+    Comments, docstrings and the layout of lines do not count.
+    """
     digest = hashlib.sha256()
     for path in sorted((ROOT / "lib").rglob("*.py")):
         if path.stem not in _BOOKKEEPING:
-            digest.update(path.read_bytes())
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                documented = ast.Module | ast.ClassDef | ast.FunctionDef
+                if isinstance(node, documented) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()
 
 

@@ -54,7 +54,7 @@ def test_scores_are_like_weights_repeat_and_leave_the_model_alone(name, problem)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in CRITERIA if n not in ("magnitude", "random")])
+@pytest.mark.parametrize("name", sorted({*CRITERIA} - {"magnitude", "magnitude-folded", "random"}))
 def test_bad_data_are_refused(name, problem):
     model, images, labels = problem
     for x, y in (
@@ -65,6 +65,14 @@ def test_bad_data_are_refused(name, problem):
     ):
         with pytest.raises(ValueError):
             CRITERIA[name](model, x, y)
+
+
+def test_folded_magnitudes_are_those_of_the_folded_network(problem):
+    model, *data = problem
+    folded = fold_batchnorm(model)
+    expected = {name: folded.get_parameter(name).detach().abs() for name in scored_weights(model)}
+    near(CRITERIA["magnitude-folded"](model, *data), expected)
+    assert not torch.allclose(expected["0.weight"], model[0].weight.abs())
 
 
 def test_names():

@@ -134,6 +134,9 @@ def test_unusable_arguments_name_the_way_out(arguments, message, trained, refere
         ({"pruning": "some"}, "unknown pruning 'some'; known: .*nonpositive"),
         ({"quantizer": "int"}, "unknown quantizer 'int'; known: .*rate-distortion"),
         ({"density": 0}, "density in"),
+        ({"scope": "all"}, "unknown scope 'all'; known: global, layer"),
+        ({"optimiser": "lion"}, "unknown optimiser 'lion'; known: adam, sgd"),
+        ({"widths": (2, 4)}, "widths must ascend from 0"),
     ],
 )
 def test_unusable_recipes_list_what_is_known(fields, message):

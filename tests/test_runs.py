@@ -17,7 +17,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setenv("FIGURES_ROOT", str(tmp_path / "figures"))
     monkeypatch.setattr(runs, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(SCHEDULES, ("digits", "resnet8"), Schedule(1, 0.05, 64))
-    profile = replace(runs.PROFILES["quick"], networks={"digits": ("resnet8",)}, per_class=2)
+    profile = replace(runs.PROFILES["quick"], networks={"digits": {"resnet8": (0,)}}, per_class=2)
     monkeypatch.setitem(runs.PROFILES, "quick", profile)
     # worker processes would not see what is patched here
     monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: [f(*a, **k) for f, a, k in jobs])
