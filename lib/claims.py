@@ -199,6 +199,41 @@ def sign_claims(removal: pd.DataFrame, ours: str, reversed_: str, reading: str) 
     return claims
 
 
+def ablation_claims(table: pd.DataFrame, full: str, without: dict[str, str]) -> list[Claim]:
+    """A1: what a reading of the rule loses when one of its ingredients is left out.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of ``Study.sweep``.
+    full : str
+        The recipe with all ingredients.
+    without : dict of str to str
+        By ingredient, the recipe that lacks it.
+
+    Returns
+    -------
+    list of Claim
+        One for each network and ingredient; it holds where at least one point more is lost.
+    """
+    claims = []
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
+        for ingredient, recipe in without.items():
+            worse = by_seed[full] - by_seed[recipe]
+            claims.append(
+                Claim(
+                    "A1",
+                    f"the reading that works needs {ingredient}",
+                    f"{dataset}-{model}",
+                    ">= 1.0 point worse without",
+                    text(worse, 2, " points worse"),
+                    bool(worse.mean() >= 1),
+                )
+            )
+    return claims
+
+
 def precision_claims(best: pd.DataFrame, ours: str, others: list[str], way: str) -> list[Claim]:
     """C5: at equal accuracy, allocation by score needs a smaller file than its controls.
 

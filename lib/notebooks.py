@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from joblib import Parallel, delayed
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
@@ -38,7 +39,8 @@ def _digest(path: Path, parameters: dict, earlier: list[str]) -> str:
 
 def _written_since(study: Study, start: float) -> list[str]:
     files = [*study.results.glob("*.*"), *study.figures.glob("*.png")]
-    return sorted(str(file) for file in files if file.stat().st_mtime >= start)
+    whole = (file for file in files if not file.name.startswith("."))
+    return sorted(str(file) for file in whole if file.stat().st_mtime >= start)
 
 
 def _up_to_date(stamp: Path, digest: str) -> bool:
@@ -49,7 +51,11 @@ def _up_to_date(stamp: Path, digest: str) -> bool:
 
 
 def reproduce(profile: str, datasets: str = "") -> None:
-    """Execute the notebooks in order; those whose code and inputs are unchanged are skipped.
+    """Execute the notebooks; those whose code and inputs are unchanged are skipped.
+
+    The last one reads what the others wrote and runs after them. In the quick profile the others
+    run side by side, one on each core; in the paper profile one after the other, each with its
+    runs on all cores.
 
     Parameters
     ----------
@@ -59,46 +65,73 @@ def reproduce(profile: str, datasets: str = "") -> None:
     Raises
     ------
     NotebookError
-        The first notebook that stops with an error; the notebooks before it stay done.
+        A notebook that stops with an error; those that ended before it stay done.
     """
     study = Study(profile, datasets)
     parameters = {"profile": profile, "datasets": datasets}
-    paths = sorted(FOLDER.glob("[0-9][0-9]-*.ipynb"))
-    begin, digests = time.time(), []
-    for number, path in enumerate(paths, 1):
+    *paths, last = sorted(FOLDER.glob("[0-9][0-9]-*.ipynb"))
+    for path in (*paths, last):
         unknown = parameters.keys() - papermill.inspect_notebook(str(path)).keys()
         if unknown:
             raise NotebookError(f"{path.name} has no parameter {', '.join(sorted(unknown))}")
-        label = f"[{number}/{len(paths)}] {path.stem}"
-        stamp = CACHE / profile / "stamps" / f"{path.stem}.json"
-        digest = _digest(path, parameters, digests if number == len(paths) else [])
-        digests.append(digest)
-        if _up_to_date(stamp, digest):
-            print(f"{label}: up to date", flush=True)
-            continue
-        start = time.time()
-        print(f"{label} ...", flush=True)
-        executed = CACHE / profile / "notebooks" / path.name
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            papermill.execute_notebook(
-                str(path),
-                str(executed),
-                parameters=parameters,
-                cwd=str(FOLDER),
-                progress_bar=sys.stderr.isatty(),
-                log_output=False,
-            )
-        except PapermillExecutionError as error:
-            last = (str(error.evalue) or error.ename).strip()
-            raise NotebookError(
-                f"{path.name}, cell [{error.exec_count}]: {error.ename}: {last}\n"
-                f"--- the cell ---\n{error.source}\n--- executed copy: {executed}"
-            ) from None
-        print(f"{label}: {time.time() - start:.0f} s", flush=True)
-        write_json(stamp, {"digest": digest, "files": _written_since(study, start)})
+    begin = time.time()
+    digests = [_digest(path, parameters, []) for path in paths]
+    missing = []
+    for path, digest in zip(paths, digests, strict=True):
+        if _up_to_date(_stamp(profile, path), digest):
+            print(f"{path.stem}: up to date", flush=True)
+        else:
+            missing.append((path, digest))
+    width = min(os.cpu_count(), len(missing)) if profile == "quick" else 1
+    for case in study.cases if missing else []:
+        study.base(case)  # before notebooks that run side by side would each train it
+    run = Parallel(n_jobs=max(width, 1), return_as="generator_unordered")
+    # The later notebooks take longest and start first, so that no core waits for them at the end.
+    order = missing if width < 2 else missing[::-1]
+    done = run(delayed(_execute)(path, parameters, digest, width > 1) for path, digest in order)
+    for count, (stem, seconds) in enumerate(done, 1):
+        print(f"[{count}/{len(missing)}] {stem}: {seconds:.0f} s", flush=True)
+    digest = _digest(last, parameters, digests)
+    if _up_to_date(_stamp(profile, last), digest):
+        print(f"{last.stem}: up to date", flush=True)
+    else:
+        stem, seconds = _execute(last, parameters, digest)
+        print(f"{stem}: {seconds:.0f} s", flush=True)
     print(f"{time.time() - begin:.0f} s in all\n")
     print_claims(study)
+
+
+def _stamp(profile: str, path: Path) -> Path:
+    return CACHE / profile / "stamps" / f"{path.stem}.json"
+
+
+def _execute(
+    path: Path, parameters: dict, digest: str, beside_others: bool = False
+) -> tuple[str, float]:
+    """Run a notebook and leave a stamp with what it wrote; its name and seconds."""
+    if beside_others:
+        os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # its runs stay on the core that it has
+    study, start = Study(**parameters), time.time()
+    executed = CACHE / study.name / "notebooks" / path.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{path.stem} ...", flush=True)
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(executed),
+            parameters=parameters,
+            cwd=str(FOLDER),
+            progress_bar=sys.stderr.isatty() and not beside_others,
+            log_output=False,
+        )
+    except PapermillExecutionError as error:
+        last = (str(error.evalue) or error.ename).strip()
+        raise NotebookError(
+            f"{path.name}, cell [{error.exec_count}]: {error.ename}: {last}\n"
+            f"--- the cell ---\n{error.source}\n--- executed copy: {executed}"
+        ) from None
+    write_json(_stamp(study.name, path), {"digest": digest, "files": _written_since(study, start)})
+    return path.stem, time.time() - start
 
 
 def print_claims(study: Study) -> None:

@@ -274,6 +274,40 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str, *, ylabel: str = "") -> 
     return figure
 
 
+def ladder(table: pd.DataFrame, *, x: str = "test_accuracy", xlabel: str = "") -> Figure:
+    """A row for each recipe: the mean over seeds as a dot, their range as a line.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of ``Study.sweep``; a panel for each network.
+    x : str
+        Column shown.
+    xlabel : str
+        Axis label; the column's name by default.
+
+    Returns
+    -------
+    Figure
+    """
+    groups = list(table.groupby(["dataset", "model"], sort=False))
+    rows = table["recipe"].nunique()
+    figure, axes = _panels(len(groups), height=0.3 * rows + 1.2, width=5.2)
+    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+        values = part.groupby("recipe", sort=False)[x].agg(["mean", "min", "max"])
+        for place, (name, row) in enumerate(values.iterrows()):
+            colour = _style(name, 0)["color"]
+            axis.plot([row["min"], row["max"]], [place, place], color=colour, lw=2, alpha=0.4)
+            axis.plot(row["mean"], place, "o", color=colour, ms=6)
+        axis.axvline(part[f"base_{x}"].mean(), color="black", lw=0.8, ls=":")
+        axis.set_yticks(range(len(values)), values.index)
+        axis.invert_yaxis()
+        axis.set(title=f"{model} on {dataset}", xlabel=xlabel or x)
+    for axis in axes[1:]:
+        axis.tick_params(axis="y", labelleft=False)
+    return figure
+
+
 def matrix(values: pd.DataFrame, title: str = "", low: float = -1, high: float = 1) -> Figure:
     """A labelled matrix with its numbers, such as rank correlations.
 

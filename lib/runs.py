@@ -268,8 +268,7 @@ class Study:
         return self.runs / str(case) / f"{name}-{digest}.json"
 
     def _file(self, record: Path) -> Path:
-        folder = CACHE / self.name / "files" / record.parent.name
-        return folder / record.with_suffix(".xaic").name
+        return CACHE / self.name / "files" / record.relative_to(self.runs).with_suffix(".xaic")
 
     def _run(self, case: Case, name: str, variants: list[Recipe], per_class: int) -> None:
         torch.set_num_threads(1)

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from lib.claims import (
+    ablation_claims,
     criterion_claims,
     headline,
     interval,
@@ -100,3 +101,10 @@ def test_intervals_are_student_t():
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
     assert np.isnan(interval([1.0]))
     assert text([1.0, 2.0, 3.0], 1, " %") == "2.0 ± 2.5 %" and text([2.0]) == "2.0"
+
+
+def test_an_ingredient_is_needed_where_leaving_it_out_costs_a_point():
+    rows = [("all", 1, 9, 0, 97.0), ("less", 1, 9, 0, 95.5), ("same", 1, 9, 0, 96.5)]
+    claims = ablation_claims(_runs(rows), "all", {"this": "less", "that": "same"})
+    assert [(c.claim.split()[-1], c.holds) for c in claims] == [("this", True), ("that", False)]
+    assert claims[0].ours == "1.50 points worse"

@@ -62,6 +62,36 @@ def test_rounds_remove_more_each_time_and_nothing_comes_back(trained, references
         assert all((fewer[name] | ~more[name]).all() for name in fewer)
 
 
+def test_layer_after_layer_scores_what_the_layers_before_left(trained, references):
+    recipe = replace(RECIPES["lrp-paper"], layerwise=True)
+    masks, working = prepare(trained, *references, recipe).masks, fold_batchnorm(trained)
+    for name in masks:
+        scores = weight_relevance(working, *references)
+        expected = prune.nonpositive(scores)[name]
+        assert torch.equal(masks[name], expected)
+        working = prune.apply(working, {name: expected})
+    at_once = prepare(trained, *references, replace(recipe, layerwise=False)).masks
+    assert any(not torch.equal(masks[name], at_once[name]) for name in masks)
+
+
+def test_scope_decides_what_is_ranked_together(trained, references):
+    recipe = Recipe(criterion="magnitude", pruning="top", density=0.3, scope="layer")
+    masks = prepare(trained, *references, recipe).masks
+    for mask in masks.values():
+        assert int(mask.sum()) == round(0.3 * mask.numel())
+    everywhere = prepare(trained, *references, replace(recipe, scope="global")).masks
+    assert any(mask.sum() != everywhere[name].sum() for name, mask in masks.items())
+
+
+def test_tiers_have_the_widths_asked_for(trained, references):
+    recipe = Recipe(pruning="none", quantizer="tiers", widths=(0, 2, 3), bits=2.5)
+    prepared = prepare(trained, *references, recipe)
+    entries = encode(prepared, recipe)
+    for code in (entries[name] for name in prepared.masks):
+        largest = [int(code.symbols[code.tiers == tier].abs().max()) for tier in (1, 2)]
+        assert largest == [1, 3]
+
+
 def test_top_keeps_exactly_the_share(trained, references):
     for rounds in (1, 3):
         recipe = Recipe(criterion="magnitude", pruning="top", density=0.3, rounds=rounds)

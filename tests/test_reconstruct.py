@@ -177,6 +177,29 @@ def test_bias_correction_matches_the_means(network):
     assert torch.equal(fixed.twice.weight, rough.twice.weight) and fixed.twice.bias is None
 
 
+def test_renormalised_units_have_the_mean_and_deviation_that_they_had(network):
+    dense, masks, images = network
+    pruned = prune.apply(dense, masks)
+    repaired = reconstruct.renormalise(dense, pruned, masks, images)
+
+    def moments(model, name):
+        seen = []
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda *call: seen.append(call[2].double().transpose(0, 1).flatten(1)))
+        with torch.no_grad():
+            model.eval()(images)
+        handle.remove()
+        return seen[0].mean(1), seen[0].std(1, correction=0)
+
+    for name in ("stem", "head"):  # a layer called twice feeds itself and cannot be met exactly
+        wanted, found = moments(dense, name), moments(repaired, name)
+        for goal, value in zip(wanted, found, strict=True):
+            torch.testing.assert_close(value, goal, rtol=1e-3, atol=1e-4)
+        assert (moments(pruned, name)[1] - wanted[1]).abs().max() > 0.01
+    for name, mask in masks.items():
+        assert (repaired.get_parameter(name)[~mask] == 0).all()
+
+
 def test_unusable_input(network):
     dense, masks, images = network
     for call in (lambda x: reconstruct.refit(dense, dense, masks, x),

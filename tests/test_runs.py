@@ -1,10 +1,13 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import nbformat
 import pytest
+from joblib import Parallel
 
 from lib import notebooks, runs
 from lib.bases import SCHEDULES, Schedule
@@ -82,6 +85,20 @@ def test_the_accuracy_is_that_of_the_file(study):
     assert runs.evaluate(loaded, *runs.split("digits", "test")) == row["test_accuracy"]
 
 
+def test_prose_does_not_change_the_digest_of_the_code(tmp_path, monkeypatch):
+    def digest(source):
+        (tmp_path / "lib").mkdir(exist_ok=True)
+        (tmp_path / "lib/one.py").write_text(source)
+        runs.code_digest.cache_clear()
+        return runs.code_digest()
+
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    plain = digest("def f(x):\n    return x + 1\n")
+    told = digest('"""A module."""\n\n\ndef f(x):\n    """Add."""\n    return x + 1  # one\n')
+    assert plain == told != digest("def f(x):\n    return x + 2\n")
+    runs.code_digest.cache_clear()
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     runs.write_json(path, [1])
@@ -127,6 +144,27 @@ def test_a_notebook_is_skipped_until_it_changes(one_notebook, study, capfd):
     one_notebook(text + "\n1")
     notebooks.reproduce("quick")
     assert "up to date" not in capfd.readouterr().out
+
+
+def test_notebooks_run_side_by_side_and_the_last_one_after_them(
+    one_notebook, study, tmp_path, monkeypatch
+):
+    # threads, because worker processes would not see what is patched here
+    monkeypatch.setattr(notebooks, "Parallel", partial(Parallel, backend="threading"))
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(os.cpu_count()))
+    one_notebook("import time; time.sleep(1)")
+    last = "import pathlib; assert len(list(pathlib.Path('..').glob('seen-*'))) == 2"
+    source = (tmp_path / "notebooks/00-one.ipynb").read_text()
+    for stem in ("01-two", "02-last"):
+        body = last if stem == "02-last" else "open('../seen-01', 'w').close()"
+        (tmp_path / f"notebooks/{stem}.ipynb").write_text(
+            source.replace("import time; time.sleep(1)", body)
+        )
+    (tmp_path / "notebooks/00-one.ipynb").write_text(
+        source.replace("time.sleep(1)", "time.sleep(1); open('../seen-00', 'w').close()")
+    )
+    notebooks.reproduce("quick")
+    assert len(list(tmp_path.glob("seen-*"))) == 2
 
 
 def test_a_notebook_without_the_parameters_is_refused(one_notebook):

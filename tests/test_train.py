@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lib import bases, train
 from lib.models import build
-from lib.train import augment_crop_flip, batches, evaluate, finetune, fit
+from lib.train import OPTIMISERS, augment_crop_flip, batches, evaluate, finetune, fit
 
 
 def test_fit_learns_and_is_deterministic(digits):
@@ -53,8 +53,9 @@ def test_augmentation_shifts_and_mirrors():
     assert set(rows.tolist()) <= set(images.flatten().tolist())
 
 
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("as_loader", [False, True])
-def test_finetuning_recovers_and_keeps_removed_weights_at_zero(digits, as_loader):
+def test_finetuning_recovers_and_keeps_removed_weights_at_zero(digits, as_loader, optimiser):
     images, labels = digits
     model = fit(build("lenet300"), images, labels, epochs=3, lr=0.05)
     masks = {
@@ -67,7 +68,7 @@ def test_finetuning_recovers_and_keeps_removed_weights_at_zero(digits, as_loader
             model.get_parameter(name).mul_(mask)
     before = evaluate(model, images, labels)
     data = DataLoader(TensorDataset(images, labels), 64) if as_loader else (images, labels)
-    finetune(model, masks, data, steps=60)
+    finetune(model, masks, data, steps=60, optimiser=optimiser)
     assert evaluate(model, images, labels) > before + 5
     for name, mask in masks.items():
         assert (model.get_parameter(name)[~mask] == 0).all()
@@ -95,6 +96,20 @@ def test_base_trains_once_and_reads_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "fit", None)
     second = bases.base("digits", "lenet300", 0, tmp_path)
     assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_cycles_are_added_to_a_checkpoint_that_has_fewer(tmp_path, monkeypatch):
+    def train(cycles):
+        how = bases.Schedule(1, 0.05, cycles=cycles)
+        monkeypatch.setitem(bases.SCHEDULES, ("digits", "lenet300"), how)
+        return list(bases.base("digits", "lenet300", 0, tmp_path).parameters())
+
+    once, twice = train(1), train(2)
+    assert not torch.equal(once[0], twice[0])
+    (tmp_path / "digits-lenet300-s0.safetensors").unlink()
+    assert all(map(torch.equal, train(2), twice))
+    monkeypatch.setattr(bases, "fit", None)
+    assert all(map(torch.equal, train(2), twice))
 
 
 def test_unknown_schedule_lists_the_known():
