@@ -72,7 +72,7 @@ PROFILES = {
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
-            "layers": (1.5, 2, 3, 4),
+            "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
         },
         prices={},
