@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from lib.data import load
+from lib.files import write_bytes
 from lib.models import build
 from lib.train import augment_crop_flip, fit, multiplies_bfloat16, pick_device
 
@@ -139,6 +140,4 @@ def _cycles(path: Path) -> int:
 
 def _keep(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    written = path.with_suffix(".writing")
-    save_file(state, written, metadata=metadata | {"torch": torch.__version__})
-    written.replace(path)
+    write_bytes(path, save(state, metadata | {"torch": torch.__version__}))

@@ -182,21 +182,8 @@ def sign_claims(removal: pd.DataFrame, ours: str, reversed_: str, reading: str) 
     list of Claim
         One for each network; it holds where reversed scores lose at least one point more.
     """
-    claims = []
-    for (dataset, model), part in removal.groupby(NETWORK, sort=False):
-        by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
-        worse = by_seed[ours] - by_seed[reversed_]
-        claims.append(
-            Claim(
-                "C4s",
-                f"removing positive scores instead does more harm ({reading})",
-                f"{dataset}-{model}",
-                ">= 1.0 point worse",
-                text(worse, 2, " points worse"),
-                bool(worse.mean() >= 1),
-            )
-        )
-    return claims
+    sentence = f"removing positive scores instead does more harm ({reading})"
+    return _point_worse(removal, ours, {sentence: reversed_}, "C4s", ">= 1.0 point worse")
 
 
 def ablation_claims(table: pd.DataFrame, full: str, without: dict[str, str]) -> list[Claim]:
@@ -216,21 +203,22 @@ def ablation_claims(table: pd.DataFrame, full: str, without: dict[str, str]) -> 
     list of Claim
         One for each network and ingredient; it holds where at least one point more is lost.
     """
+    rivals = {f"the reading that works needs {what}": recipe for what, recipe in without.items()}
+    return _point_worse(table, full, rivals, "A1", ">= 1.0 point worse without")
+
+
+def _point_worse(
+    table: pd.DataFrame, ours: str, rivals: dict[str, str], identifier: str, expected: str
+) -> list[Claim]:
+    """A claim for each network and sentence, that its rival is at least a point less accurate."""
     claims = []
     for (dataset, model), part in table.groupby(NETWORK, sort=False):
         by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
-        for ingredient, recipe in without.items():
-            worse = by_seed[full] - by_seed[recipe]
-            claims.append(
-                Claim(
-                    "A1",
-                    f"the reading that works needs {ingredient}",
-                    f"{dataset}-{model}",
-                    ">= 1.0 point worse without",
-                    text(worse, 2, " points worse"),
-                    bool(worse.mean() >= 1),
-                )
-            )
+        for sentence, rival in rivals.items():
+            worse = by_seed[ours] - by_seed[rival]
+            said = text(worse, 2, " points worse")
+            where, holds = f"{dataset}-{model}", bool(worse.mean() >= 1)
+            claims.append(Claim(identifier, sentence, where, expected, said, holds))
     return claims
 
 

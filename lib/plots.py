@@ -50,6 +50,15 @@ def _panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure
     return figure, list(axes[0])
 
 
+def _by_network(table: pd.DataFrame, **size) -> tuple[Figure, list]:
+    """A titled panel for each network: the figure, and pairs of axis and rows."""
+    groups = list(table.groupby(["dataset", "model"], sort=False))
+    figure, axes = _panels(len(groups), **size)
+    for axis, ((dataset, model), _) in zip(axes, groups, strict=True):
+        axis.set(title=f"{model} on {dataset}")
+    return figure, [(axis, part) for axis, (_, part) in zip(axes, groups, strict=True)]
+
+
 def curves(
     table: pd.DataFrame,
     x: str,
@@ -80,9 +89,8 @@ def curves(
     -------
     Figure
     """
-    groups = list(table.groupby(["dataset", "model"], sort=False))
-    figure, axes = _panels(len(groups))
-    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+    figure, panels = _by_network(table)
+    for axis, part in panels:
         for position, (name, line) in enumerate(part.groupby(hue, sort=False)):
             means = line.groupby("knob")[[x, y]].agg(["mean", "min", "max"])
             means = means.sort_values((x, "mean"))
@@ -101,8 +109,8 @@ def curves(
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.tick_params(axis="x", labelrotation=30)
-        axis.set(title=f"{model} on {dataset}", xlabel=xlabel or x, ylabel=ylabel or y)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+        axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -262,15 +270,14 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str, *, ylabel: str = "") -> 
     -------
     Figure
     """
-    groups = list(table.groupby(["dataset", "model"], sort=False))
-    figure, axes = _panels(len(groups), width=6)
-    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+    figure, panels = _by_network(table, width=6)
+    for axis, part in panels:
         wide = part.pivot_table(index=x, columns=hue, values=y, sort=False)
         colours = [_style(str(name), i)["color"] for i, name in enumerate(wide.columns)]
         wide.plot.bar(ax=axis, color=colours, width=0.8, legend=False)
-        axis.set(title=f"{model} on {dataset}", xlabel="", ylabel=ylabel or y)
+        axis.set(xlabel="", ylabel=ylabel or y)
         axis.set_xticklabels(wide.index, rotation=45, ha="right", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -290,10 +297,8 @@ def ladder(table: pd.DataFrame, *, x: str = "test_accuracy", xlabel: str = "") -
     -------
     Figure
     """
-    groups = list(table.groupby(["dataset", "model"], sort=False))
-    rows = table["recipe"].nunique()
-    figure, axes = _panels(len(groups), height=0.3 * rows + 1.2, width=5.2)
-    for axis, ((dataset, model), part) in zip(axes, groups, strict=True):
+    figure, panels = _by_network(table, height=0.3 * table["recipe"].nunique() + 1.2, width=5.2)
+    for axis, part in panels:
         values = part.groupby("recipe", sort=False)[x].agg(["mean", "min", "max"])
         for place, (name, row) in enumerate(values.iterrows()):
             colour = _style(name, 0)["color"]
@@ -302,8 +307,8 @@ def ladder(table: pd.DataFrame, *, x: str = "test_accuracy", xlabel: str = "") -
         axis.axvline(part[f"base_{x}"].mean(), color="black", lw=0.8, ls=":")
         axis.set_yticks(range(len(values)), values.index)
         axis.invert_yaxis()
-        axis.set(title=f"{model} on {dataset}", xlabel=xlabel or x)
-    for axis in axes[1:]:
+        axis.set(xlabel=xlabel or x)
+    for axis, _ in panels[1:]:
         axis.tick_params(axis="y", labelleft=False)
     return figure
 

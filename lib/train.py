@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 OPTIMISERS = {
-    "adam": (torch.optim.Adam, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, 1, {}),
+    "sgd": (torch.optim.SGD, 10, {"momentum": 0.9}),  # its steps are not normalised
 }
-"""Optimisers of fine-tuning, with their settings."""
+"""Optimisers of fine-tuning, with the factor of their learning rate and their settings."""
 
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -221,8 +221,7 @@ def finetune(
         A key of ``OPTIMISERS``. SGD with momentum may leave dead units behind where a mask removes
         the inhibition of a layer; Adam recovers them.
     lr : float
-        Learning rate at the start, cosine to zero; ten times that for ``sgd``, whose steps are
-        not normalised.
+        Learning rate at the start, cosine to zero; times the factor in ``OPTIMISERS``.
     batch_size : int
         Images of a step, where ``data`` are tensors.
     seed : int
@@ -240,8 +239,8 @@ def finetune(
     """
     device = next(model.parameters()).device
     masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
-    make, settings = OPTIMISERS[optimiser]
-    descent = make(model.eval().parameters(), lr=lr * (10 if optimiser == "sgd" else 1), **settings)
+    make, factor, settings = OPTIMISERS[optimiser]
+    descent = make(model.eval().parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
     for images, labels in islice(_endless(data, batch_size, seed), steps):
         descent.zero_grad()
