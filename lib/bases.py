@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
+from lib.codec import Compressed
 from lib.data import load
 from lib.files import write_bytes
 from lib.models import build
+from lib.quantize import uniform
 from lib.train import augment_crop_flip, fit, multiplies_bfloat16, pick_device
 
 
@@ -34,6 +36,12 @@ class Schedule:
     cycles : int
         Cycles, each started from the network that the one before it left (warm restarts,
         Loshchilov and Hutter 2017). Where a checkpoint has fewer, the missing ones are added.
+    averaged : int
+        Passes after the last cycle at an eighth of ``lr``, over which weights are averaged. A
+        checkpoint that has fewer is averaged anew.
+    bits : int
+        Of the weights in the checkpoint, for networks too large to be kept as floats; the network
+        that everything starts from is then the decoded one. Zero: float32.
     """
 
     epochs: int
@@ -42,6 +50,8 @@ class Schedule:
     augment: bool = False
     precision: str = "float32"
     cycles: int = 1
+    averaged: int = 0
+    bits: int = 0
 
 
 SCHEDULES = {
@@ -50,8 +60,10 @@ SCHEDULES = {
     ("digits", "resnet8"): Schedule(15, 0.1, 64, precision="float64"),
     ("mnist", "lenet300"): Schedule(20, 0.1),
     ("mnist", "lenet5"): Schedule(20, 0.05),
-    ("cifar", "resnet20"): Schedule(20, 0.2, augment=True, precision="bfloat16", cycles=2),
-    ("cifar", "vgg16"): Schedule(10, 0.1, augment=True, precision="bfloat16"),
+    ("cifar", "resnet20"): Schedule(20, 0.2, augment=True, precision="bfloat16", averaged=5),
+    ("cifar", "vgg16"): Schedule(
+        10, 0.1, augment=True, precision="bfloat16", averaged=2, bits=8
+    ),
 }
 
 
@@ -89,8 +101,9 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     seed : int
         Of initial weights, order and augmentation.
     folder : Path
-        Where ``<dataset>-<model>-s<seed>.safetensors`` is, or is written; training in progress
-        leaves a ``.partial.pt`` beside it and goes on from there after an interruption.
+        Where ``<dataset>-<model>-s<seed>.safetensors`` (``.xaic`` if the schedule has ``bits``)
+        is, or is written; training in progress leaves a ``.partial.pt`` beside it and goes on
+        from there after an interruption.
     progress : bool
         Show a bar while training.
 
@@ -101,43 +114,65 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     """
     how = schedule(dataset, model)
     name = f"{dataset}-{model}-s{seed}"
-    path = folder / f"{name}.safetensors"
+    path = folder / f"{name}.{'xaic' if how.bits else 'safetensors'}"
     images, labels = load(dataset, "val")
     network = build(model, channels=images.shape[1], classes=10, seed=seed)
-    for cycle in range(_cycles(path), how.cycles):
-        if cycle:
-            network.load_state_dict(load_file(path))
+    had = _training(path)
+    stages = [("cycles", cycle + 1) for cycle in range(had["cycles"], how.cycles)]
+    if had["averaged"] < how.averaged:
+        stages.append(("averaged", how.averaged))
+    for kind, count in stages:
+        if path.exists():
+            network.load_state_dict(_read(path)[0])
         images, labels = load(dataset, "train")
         partial = folder / f"{name}.partial.pt"
         device = pick_device()
         number = torch.float64 if how.precision == "float64" else torch.float32
+        cycle, half = kind == "cycles", how.precision == "bfloat16" and multiplies_bfloat16(device)
         network = fit(
             network.to(device, number),
             images.to(number),
             labels,
-            epochs=how.epochs,
-            lr=how.lr,
+            epochs=how.epochs if cycle else how.averaged,
+            lr=how.lr if cycle else how.lr / 8,
             batch_size=how.batch_size,
             augment=augment_crop_flip if how.augment else None,
-            bfloat16=how.precision == "bfloat16" and multiplies_bfloat16(device),
-            seed=seed + 1000 * cycle,
+            bfloat16=half,
+            average=not cycle,
+            seed=seed + 1000 * (count - 1 if cycle else had["cycles"]),
             checkpoint=partial,
-            progress=f"{name}, cycle {cycle + 1} of {how.cycles}" if progress else None,
+            progress=f"{name}, {kind}: {count}" if progress else None,
         ).to("cpu", torch.float32)
-        _keep(network, path, {"schedule": repr(how), "cycles": str(cycle + 1)})
+        had[kind] = count
+        remarks = {"schedule": repr(how), "torch": torch.__version__, **had}
+        remarks |= {"device": device.type, "bfloat16": half}
+        _keep(network, path, {key: str(value) for key, value in remarks.items()}, how.bits)
         partial.unlink()
-    network.load_state_dict(load_file(path))
+    network.load_state_dict(_read(path)[0])
     return network.eval()
 
 
-def _cycles(path: Path) -> int:
-    """How many cycles of training a checkpoint has had."""
+def _training(path: Path) -> dict[str, int]:
+    """How many cycles of training, and averaged passes after them, a checkpoint has had."""
     if not path.exists():
-        return 0
+        return {"cycles": 0, "averaged": 0}
+    remarks = _read(path)[1]
+    return {"cycles": int(remarks.get("cycles", 1)), "averaged": int(remarks.get("averaged", 0))}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A checkpoint's tensors, and the remarks kept with them."""
+    if path.suffix == ".xaic":
+        kept = Compressed.load(path)
+        return kept.state_dict(), kept.meta
     with safe_open(path, "pt") as file:
-        return int((file.metadata() or {}).get("cycles", 1))
+        return load_file(path), file.metadata() or {}
 
 
-def _keep(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def _keep(network: nn.Module, path: Path, remarks: dict[str, str], bits: int) -> None:
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    write_bytes(path, save(state, metadata | {"torch": torch.__version__}))
+    if bits:
+        weights = {key: uniform(value, bits) for key, value in state.items() if value.ndim > 1}
+        Compressed(state | weights, remarks).save(path)
+    else:
+        write_bytes(path, save(state, remarks))

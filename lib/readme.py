@@ -6,27 +6,70 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.claims import NETWORK, text
 from lib.runs import ROOT, write
 
 README = ROOT / "README.md"
-KEYS = ("id", "claim", "where", "paper", "ours")
 
 
 def claims_table(results: Path) -> str:
-    """All claims of a profile as a Markdown table, from ``claims-*.json``."""
-    lines = ["| | claim | network | expected | measured | holds | notebook |", "|-|-|-|-|-|-|-|"]
-    for path in sorted(results.glob("claims-*.json")):
-        for claim in json.loads(path.read_text()):
-            mark = "yes" if claim["holds"] else "**no**"
-            cells = [claim[key].replace("|", "\\|") for key in KEYS]
-            lines.append(f"| {' | '.join(cells)} | {mark} | `{claim['notebook']}` |")
-    return "\n".join(lines)
+    """All claims of a profile as a Markdown table, a column for each network.
+
+    A row is a claim of ``claims-*.json`` in one reading; what was measured stands in bold where
+    the claim does not hold. Claims about networks from elsewhere name them beside the sentence.
+    """
+    claims = [c for p in sorted(results.glob("claims-*.json")) for c in json.loads(p.read_text())]
+    networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    expected: dict[tuple[str, str, str], list[str]] = {}
+    for claim in claims:
+        network = re.sub(r"-s\d+$", "", claim["where"])
+        elsewhere = "" if network in networks else f" ({network})"
+        key = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
+        said = claim["ours"] if claim["holds"] else f"**{claim['ours']}**"
+        rows.setdefault(key, {})[networks[0] if elsewhere else network] = said
+        expected.setdefault(key, []).append(claim["paper"])
+    head = ["", "claim", "expected", *networks, "notebook"]
+    lines = [head, ["-"] * len(head)]
+    for key, found in rows.items():
+        wanted = ", ".join(dict.fromkeys(expected[key]))
+        cells = [found.get(network, "") for network in networks]
+        lines.append([*key[:2], wanted, *cells, key[2]])
+    return _markdown(lines)
+
+
+def files_table(results: Path) -> str:
+    """The smallest file of each recipe within one point, from ``headline-smallest.csv``."""
+    table = pd.read_csv(results / "headline-smallest.csv")
+    recipes = list(dict.fromkeys(table["recipe"]))
+    columns = {"": ["uncompressed", *recipes]}
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        floats = (part["ratio"] * part["file_bytes"]).mean() / 1000
+        seeds = part["seed"].nunique()
+        column = columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = []
+        base = text(part.groupby("seed")["base_test_accuracy"].first(), 2, " %")
+        column.append(f"{floats:,.0f} kB, {base}")
+        for recipe in recipes:
+            rows = part[part["recipe"] == recipe]
+            size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
+            mark = "" if rows["reached"].all() else " †"
+            column.append(f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}")
+    lines = [list(columns), ["-"] * len(columns), *zip(*columns.values(), strict=True)]
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(content: str) -> str:
+    return content.replace("|", "\\|")
 
 
 def latency_table(results: Path) -> str:
     """Latency of the ONNX files as a Markdown table, from ``bench/export.csv``."""
     lines = ["| network | batch | float ONNX (ms) | int8 ONNX (ms) | float / int8 |", "|-|-|-|-|-|"]
-    for row in pd.read_csv(results / "bench" / "export.csv").to_dict("records"):
+    for row in pd.read_csv(results / "export.csv").to_dict("records"):
         times = f"{row['float ONNX ms']:.2f} | {row['int8 ONNX ms']:.2f}"
         lines.append(f"| {row['model']} | {row['batch']} | {times} | {row['float / int8']:.1f} |")
     return "\n".join(lines)
@@ -36,7 +79,7 @@ def speed_table(results: Path) -> str:
     """Time and memory of weight relevance as a Markdown table, from ``bench/relevance.csv``."""
     head = "network | relevance | time / training step | to reach | peak MiB, 50 and 400 images"
     lines = [f"| {head} (allowed) |", "|-|-|-|-|-|"]
-    for row in pd.read_csv(results / "bench" / "relevance.csv").to_dict("records"):
+    for row in pd.read_csv(results / "relevance.csv").to_dict("records"):
         memory = f"{row['peak MiB']:.0f}, {row['peak MiB, 8 x images']:.0f}"
         allowed = f"({row['training peak + weights MiB']:.0f})"
         lines.append(
@@ -52,8 +95,8 @@ def filled(text: str, root: Path = ROOT) -> str:
     Parameters
     ----------
     text : str
-        Holds ``<!-- claims: PROFILE -->``, ``<!-- latency: bench -->`` or
-        ``<!-- speed: bench -->``, then ``<!-- end -->``.
+        Holds ``<!-- claims: PROFILE -->``, ``<!-- files: PROFILE -->``,
+        ``<!-- latency: bench -->`` or ``<!-- speed: bench -->``, then ``<!-- end -->``.
     root : Path
         Folder of ``results/``.
 
@@ -62,16 +105,19 @@ def filled(text: str, root: Path = ROOT) -> str:
     str
     """
 
-    def block(match: re.Match) -> str:
-        results = root / "results"
-        tables = {"latency": latency_table, "speed": speed_table}
-        if match["what"] == "bench":
-            table = tables[match["kind"]](results)
-        else:
-            table = claims_table(results / match["what"])
-        return f"<!-- {match['kind']}: {match['what']} -->\n\n{table}\n\n<!-- end -->"
+    tables = {
+        "claims": claims_table,
+        "files": files_table,
+        "latency": latency_table,
+        "speed": speed_table,
+    }
 
-    pattern = r"<!-- (?P<kind>claims|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
+    def block(match: re.Match) -> str:
+        what = match["what"]
+        table = tables[match["kind"]](root / "results" / what)
+        return f"<!-- {match['kind']}: {what} -->\n\n{table}\n\n<!-- end -->"
+
+    pattern = r"<!-- (?P<kind>claims|files|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, block, text, flags=re.S)
 
 

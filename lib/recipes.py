@@ -122,6 +122,22 @@ class Recipe:
         """The criterion that decides the bits."""
         return self.precision or self.criterion
 
+    @property
+    def plain(self) -> "Recipe":
+        """The same recipe, with all that it makes no use of at its default."""
+        unused = {"bits", "widths", "lam"} - {KNOBS[self.quantizer]}
+        unused -= {"widths"} if self.quantizer == "tiers" else set()
+        unused |= {"optimiser"} if not self.finetune else set()
+        unused |= {"density"} if self.pruning not in ("top", "filters") else set()
+        unused |= {"scope"} if self.pruning != "top" else set()
+        unused |= {"fraction"} if self.pruning != "nonpositive" else set()
+        decides = self.decides
+        if self.pruning == "none":
+            unused |= {"criterion", "rounds", "layerwise", "refit", "renormalise"}
+        plain = replace(self, **{name: getattr(Recipe, name) for name in unused})
+        needed = self.quantizer != "uniform" and decides != plain.criterion
+        return replace(plain, precision=decides if needed else "")
+
 
 _OURS = Recipe(
     criterion="lrp-epsilon/contrastive",

@@ -8,6 +8,7 @@ grouping are handled; others are left as they are. All models given stay untouch
 
 import copy
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from lib import prune
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
+MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
 
 
 def input_moments(model: nn.Module, images: Tensor, *, batch_size: int = 50,
@@ -93,7 +95,8 @@ def refit(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: Tensor
     images : Tensor
         float32 [N, ...], a few hundred are enough; labels are not needed.
     batch_size : int
-        Images per forward pass; bounds the memory taken by unfolded patches.
+        Images whose patches are unfolded at a time, and images per forward pass where the outputs
+        of all layers on all images would take more than 2 GiB.
     ridge : float
         Positive strength that ties the weights to the present ones, relative to the mean diagonal
         of the inputs' second moment; decides directions that the images leave open.
@@ -126,20 +129,19 @@ def refit(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: Tensor
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, not {ridge}")
     repaired = prune.apply(pruned, masks)
-    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired):
-        for name, calls in _order(repaired, images[:1]).items():
-            layer = repaired.get_submodule(name)
-            if f"{name}.weight" not in masks:
-                continue
-            gram = residual = 0
-            for (inputs, output), (_, target) in zip(
-                    _run(repaired, name, images, batch_size, calls),
-                    _run(dense, name, images, batch_size, calls), strict=True):
-                # Summing what is missing, not the target, leaves nothing large to cancel.
-                patches, missing = _patches(layer, inputs), _units(layer, target - output)
+
+    def fit(name, layer, batches):
+        gram = residual = 0
+        for inputs, output, target in batches:
+            # Summing what is missing, not the target, leaves nothing large to cancel.
+            missing = target - output
+            for some, few in zip(inputs.split(batch_size), missing.split(batch_size), strict=True):
+                patches = _patches(layer, some)
                 gram = gram + (patches @ patches.mT).double()
-                residual = residual + (missing @ patches.mT).double()
-            _fit(layer, masks[f"{name}.weight"], gram, residual, ridge)
+                residual = residual + (_units(layer, few) @ patches.mT).double()
+        _fit(layer, masks[f"{name}.weight"], gram, residual, ridge)
+
+    _change_layers(dense, repaired, images, batch_size, fit, lambda name: f"{name}.weight" in masks)
     return repaired
 
 
@@ -154,7 +156,8 @@ def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor, *,
     images : Tensor
         float32 [N, ...].
     batch_size : int
-        Images per forward pass.
+        Images per forward pass, where the outputs of all layers on all images would take more
+        than 2 GiB.
 
     Returns
     -------
@@ -173,14 +176,15 @@ def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor, *,
     """
     _check(images)
     corrected = copy.deepcopy(quantized)
-    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(corrected):
-        targets = _statistics(dense, images, batch_size)
-        for name, calls in _order(corrected, images[:1]).items():
-            layer = corrected.get_submodule(name)
-            if layer.bias is None:
-                continue
-            mean, _ = _statistic(corrected, name, images, batch_size, calls)
-            layer.bias.data += (targets[name][0] - mean).to(layer.bias.dtype)
+
+    def shift(name, layer, batches):
+        now, wanted = _statistics(layer, batches)
+        layer.bias.data += (wanted[0] - now[0]).to(layer.bias.dtype)
+
+    def biased(name):
+        return corrected.get_submodule(name).bias is not None
+
+    _change_layers(dense, corrected, images, batch_size, shift, biased)
     return corrected
 
 
@@ -197,7 +201,8 @@ def renormalise(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: 
     images : Tensor
         float32 [N, ...].
     batch_size : int
-        Images per forward pass.
+        Images per forward pass, where the outputs of all layers on all images would take more
+        than 2 GiB.
 
     Returns
     -------
@@ -219,19 +224,65 @@ def renormalise(dense: nn.Module, pruned: nn.Module, masks: prune.Mask, images: 
     """
     _check(images)
     repaired = copy.deepcopy(pruned)
-    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired):
-        targets = _statistics(dense, images, batch_size)
-        for name, calls in _order(repaired, images[:1]).items():
-            layer = repaired.get_submodule(name)
-            if f"{name}.weight" not in masks:
-                continue
-            target, wanted = targets[name]
-            mean, deviation = _statistic(repaired, name, images, batch_size, calls)
-            gain = torch.where(deviation > 0, wanted / deviation, 1).to(layer.weight.dtype)
-            layer.weight.data *= gain.view(-1, *[1] * (layer.weight.ndim - 1))
-            if layer.bias is not None:
-                layer.bias.data.sub_(mean).mul_(gain).add_(target)
+
+    def rescale(name, layer, batches):
+        (mean, deviation), (target, wanted) = _statistics(layer, batches)
+        gain = torch.where(deviation > 0, wanted / deviation, 1).to(layer.weight.dtype)
+        layer.weight.data *= gain.view(-1, *[1] * (layer.weight.ndim - 1))
+        if layer.bias is not None:
+            layer.bias.data.sub_(mean).mul_(gain).add_(target)
+
+    _change_layers(
+        dense, repaired, images, batch_size, rescale, lambda name: f"{name}.weight" in masks
+    )
     return repaired
+
+
+def _change_layers(dense, repaired, images, batch_size, change, chosen):
+    """Change layer after layer by ``change(name, layer, batches)``, inputs as repaired so far.
+
+    The batches are (inputs, output, the dense network's output). Each network runs once where all
+    that has to be held fits into memory; otherwise, and with layers called twice, anew up to each
+    layer, batch by batch.
+    """
+    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired), torch.no_grad():
+        calls, size = _order(repaired, images[:1])
+        names = [name for name in calls if chosen(name)]
+        if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
+            _in_one_pass(dense, repaired, images, change, names)
+            return
+        for name in names:
+            pairs = zip(_run(repaired, name, images, batch_size, calls[name]),
+                        _run(dense, name, images, batch_size, calls[name]), strict=True)
+            batches = ((*seen, target) for seen, (_, target) in pairs)
+            change(name, repaired.get_submodule(name), batches)
+
+
+def _in_one_pass(dense, repaired, images, change, names):
+    targets = {}
+
+    def keep(name, layer, inputs, output):
+        targets[name] = output.clone()  # an activation in place may follow
+
+    def replace(name, layer, inputs, output):
+        change(name, layer, [(inputs[0], output, targets.pop(name))])
+        return layer.forward(inputs[0])
+
+    for model, hook in ((dense, keep), (repaired, replace)):
+        with _hooked(model, names, hook):
+            model(_ready(images, model))
+
+
+@contextmanager
+def _hooked(model, names, hook):
+    """Call ``hook(name, layer, inputs, output)`` in forward passes."""
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name))
+               for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Sums:
@@ -251,28 +302,13 @@ class _Sums:
         return mean, (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
 
 
-def _statistics(model, images, batch_size):
-    """Mean and deviation [units] of all layers in one pass: the network stays as it is."""
-    sums = {name: _Sums() for name in _layers(model)}
-    handles = [layer.register_forward_hook(
-                   lambda layer, _, output, name=name: sums[name].add(_units(layer, output)))
-               for name, layer in _layers(model).items()]
-    try:
-        with torch.no_grad():
-            for batch in images.split(batch_size):
-                model(_ready(batch, model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: each.moments() for name, each in sums.items() if each.count}
-
-
-def _statistic(model, name, images, batch_size, calls):
-    """The same of one layer, in a network whose later layers are not final yet."""
-    sums = _Sums()
-    for _, output in _run(model, name, images, batch_size, calls):
-        sums.add(_units(model.get_submodule(name), output))
-    return sums.moments()
+def _statistics(layer, batches):
+    """Mean and deviation [units] of the outputs now, and of the dense layer's."""
+    now, wanted = _Sums(), _Sums()
+    for _, output, target in batches:
+        now.add(_units(layer, output))
+        wanted.add(_units(layer, target))
+    return now.moments(), wanted.moments()
 
 
 def _fit(layer, mask, gram, residual, ridge):
@@ -353,34 +389,29 @@ def _run(model, name, images, batch_size, calls):
     """Yield the layer's (input, output) of each call, batch by batch."""
     seen = []
 
-    def hook(layer, inputs, output):
+    def hook(name, layer, inputs, output):
         seen.append((inputs[0].clone(), output.clone()))
         if len(seen) == calls:
             raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
-    try:
-        for batch in images.split(batch_size):
-            seen.clear()
-            with suppress(_Reached), torch.no_grad():
-                model(_ready(batch, model))
-            yield from list(seen)
-    finally:
-        handle.remove()
+    for batch in images.split(batch_size):
+        seen.clear()
+        with _hooked(model, [name], hook), suppress(_Reached):
+            model(_ready(batch, model))
+        yield from list(seen)
 
 
 def _order(model, images):
-    """Layers in the order of the forward pass, with the number of their calls."""
+    """Layers in the order of the forward pass with the number of their calls; bytes put out."""
     trace = []
-    handles = [layer.register_forward_hook(lambda *_, name=name: trace.append(name))
-               for name, layer in _layers(model).items()]
-    try:
-        with torch.no_grad():
-            model(_ready(images, model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: trace.count(name) for name in trace}
+
+    def hook(name, layer, inputs, output):
+        trace.append((name, output.nbytes))
+
+    with _hooked(model, _layers(model), hook):
+        model(_ready(images, model))
+    names = [name for name, _ in trace]
+    return {name: names.count(name) for name in names}, sum(size for _, size in trace)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import Parallel, cpu_count, delayed
+from joblib import Memory, Parallel, cpu_count, delayed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ from lib.data import CACHE, DATASETS, load, sample
 from lib.files import write_bytes
 from lib.prune import density
 from lib.recipes import KNOBS, Recipe, encode, prepare
-from lib.train import evaluate
+from lib.train import evaluate, pick_device
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "torchvision", "zennit", "captum", "constriction", "numpy", "scikit-learn")
@@ -50,8 +50,8 @@ class Profile:
         Steps, for every recipe that fine-tunes.
     knobs : dict of str to tuple of float
         For each quantizer, the settings of its knob that make a curve.
-    prices : dict of str to tuple of float
-        By model the knobs of ``rate-distortion``, where a network's curve bends elsewhere.
+    special : dict of str to dict of str to tuple of float
+        By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
     kept : tuple of float
         Shares of weights kept, for comparing criteria.
     """
@@ -60,7 +60,7 @@ class Profile:
     per_class: int
     finetune: int
     knobs: dict[str, tuple[float, ...]]
-    prices: dict[str, tuple[float, ...]]
+    special: dict[str, dict[str, tuple[float, ...]]]
     kept: tuple[float, ...]
 
 
@@ -75,13 +75,13 @@ PROFILES = {
             "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
         },
-        prices={},
+        special={},
         kept=(0.15, 0.05),
     ),
     "paper": Profile(
         {
             "mnist": {"lenet300": (0, 1, 2), "lenet5": (0, 1, 2)},
-            "cifar10-jpeg": {"resnet20": (0,)},
+            "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
         },
         per_class=50,
         finetune=300,
@@ -91,7 +91,15 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(9)),
         },
-        prices={"resnet20": tuple(10 ** (step / 4 - 3) for step in range(5))},
+        special={
+            "resnet20": {"rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(5))},
+            "vgg16": {
+                "tiers": (2.2, 3),
+                "uniform": (3, 5),
+                "layers": (2, 4),
+                "rate-distortion": tuple(10 ** (step / 2 - 2) for step in range(4)),
+            },
+        },
         kept=(0.1, 0.03),
     ),
 }
@@ -140,28 +148,27 @@ class Study:
     profile : str
         A key of ``PROFILES``.
     datasets : str
-        Comma-separated names that replace the profile's data sets; those not in the profile get
-        the networks of their kind. Empty: the profile's own.
+        Comma-separated names that replace the profile's data sets, such as ``mnist`` or, for one
+        network only, ``cifar10-jpeg/resnet20``; data sets not in the profile get the networks of
+        their kind. Empty: the profile's own.
     seed : int
         Added to the profile's seeds.
 
     Raises
     ------
     ValueError
-        Unknown profile or data set; the message lists the known ones.
+        Unknown profile, data set or network; the message lists the known ones.
     """
 
     def __init__(self, profile: str = "quick", datasets: str = "", seed: int = 0):
         if profile not in PROFILES:
             raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
         self.name, self.profile = profile, PROFILES[profile]
-        networks = self.profile.networks
-        if datasets:
-            networks = {name: self._networks(name) for name in datasets.split(",")}
+        chosen = datasets.split(",") if datasets else self.profile.networks
         self.cases = [
-            Case(dataset, model, seed + offset)
-            for dataset, models in networks.items()
-            for model, seeds in models.items()
+            Case(name.partition("/")[0], model, seed + offset)
+            for name in chosen
+            for model, seeds in self._networks(*name.split("/", 1)).items()
             for offset in seeds
         ]
         self.results = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / profile
@@ -176,12 +183,16 @@ class Study:
         self.scratch = CACHE / profile
         self.scratch.mkdir(parents=True, exist_ok=True)
 
-    def _networks(self, dataset: str) -> dict[str, tuple[int, ...]]:
+    def _networks(self, dataset: str, model: str = "") -> dict[str, tuple[int, ...]]:
         if dataset not in DATASETS:
             raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
         kind = "cifar10-jpeg" if dataset == "cifar10" else dataset
         everywhere = PROFILES["paper"].networks | PROFILES["quick"].networks
-        return (self.profile.networks | everywhere)[kind]
+        networks = (self.profile.networks | everywhere)[kind]
+        if model and model not in networks:
+            known = ", ".join(networks)
+            raise ValueError(f"unknown network {model!r} of {dataset}; known: {known}")
+        return {model: networks[model]} if model else networks
 
     def first(self, model: str) -> Case:
         """The first case of a model, or the first of all where the profile has none of it."""
@@ -196,6 +207,13 @@ class Study:
             return base(case.dataset, case.model, case.seed, self.checkpoints, progress)
         finally:
             torch.set_num_threads(threads)
+
+    def base_accuracy(self, case: Case, part: str) -> float:
+        """Accuracy of a case's base network on a split, in percent; measured once."""
+        network = self.base(case)
+        state = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
+        digest = hashlib.sha256(state).hexdigest()
+        return _accuracy(network, case.dataset, part, digest, code_digest())
 
     def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
         """Reference images and labels of a case, drawn from its training split."""
@@ -215,8 +233,8 @@ class Study:
         recipes : dict of str to Recipe
             By the name that they have in tables.
         knobs : dict of str to iterable of float, optional
-            For each quantizer, settings of its knob that replace the recipe's own; those of
-            ``rate-distortion`` give way to the profile's ``prices`` of a model.
+            For each quantizer, settings of its knob that replace the recipe's own, and give way
+            to those that the profile has for a model.
         cases : list of Case, optional
             All of the profile's by default.
         per_class : int, optional
@@ -234,43 +252,50 @@ class Study:
         images = per_class or self.profile.per_class
         for case in cases:
             self.base(case)
-        jobs = [
-            (case, name, self._variants(case, recipe, knobs or {}), images)
+        rows = [
+            (name, case, variant)
             for case in cases
             for name, recipe in recipes.items()
+            for variant in self._variants(case, recipe, knobs or {})
         ]
-        missing = [
-            (case, name, variants, images)
-            for case, name, variants, images in jobs
-            if not all(self._path(case, name, each, images).exists() for each in variants)
-        ]
+        # Variants that differ in their knob alone share a job, equal ones of two names a run.
+        jobs: dict[tuple[Case, Recipe], dict[Path, Recipe]] = {}
+        for _, case, variant in rows:
+            path = self._path(case, variant, images)
+            if not path.exists():
+                alike = replace(variant.plain, bits=Recipe.bits, lam=Recipe.lam)
+                jobs.setdefault((case, alike), {})[path] = variant
         workers = Parallel(n_jobs=cpu_count(), return_as="generator_unordered")
-        done = workers(delayed(self._run)(*job) for job in missing)
-        for _ in tqdm(done, total=len(missing), desc="recipes", disable=not missing):
+        done = workers(
+            delayed(self._run)(case, list(variants.values()), images)
+            for (case, _), variants in jobs.items()
+        )
+        for _ in tqdm(done, total=len(jobs), desc="recipes", disable=not jobs):
             pass
-        rows = [
-            json.loads(self._path(case, name, variant, images).read_text())
-            for case, name, variants, images in jobs
-            for variant in variants
+        records = [
+            {"recipe": name} | json.loads(self._path(case, variant, images).read_text())
+            for name, case, variant in rows
         ]
-        return pd.DataFrame(rows).drop(columns="provenance")
+        columns = ["dataset", "model", "seed", "recipe"]
+        table = pd.DataFrame(records).drop(columns="provenance")
+        return table[columns + [name for name in table if name not in columns]]
 
     def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
         knob = KNOBS[recipe.quantizer]
-        values = knobs.get(recipe.quantizer, [getattr(recipe, knob)])
-        if recipe.quantizer == "rate-distortion" and recipe.quantizer in knobs:
-            values = self.profile.prices.get(case.model, values)
+        values = [getattr(recipe, knob)]
+        if recipe.quantizer in knobs:
+            special = self.profile.special.get(case.model, {})
+            values = special.get(recipe.quantizer, knobs[recipe.quantizer])
         return [replace(recipe, **{knob: float(value)}) for value in values]
 
-    def _path(self, case: Case, name: str, recipe: Recipe, per_class: int) -> Path:
-        key = json.dumps([asdict(recipe), per_class], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
-        return self.runs / str(case) / f"{name}-{digest}.json"
+    def _path(self, case: Case, recipe: Recipe, per_class: int) -> Path:
+        key = json.dumps([asdict(recipe.plain), per_class], sort_keys=True)
+        return self.runs / str(case) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def _file(self, record: Path) -> Path:
         return CACHE / self.name / "files" / record.relative_to(self.runs).with_suffix(".xaic")
 
-    def _run(self, case: Case, name: str, variants: list[Recipe], per_class: int) -> None:
+    def _run(self, case: Case, variants: list[Recipe], per_class: int) -> None:
         torch.set_num_threads(1)
         start = time.perf_counter()
         model = self.base(case)
@@ -279,18 +304,14 @@ class Study:
         prepared = prepare(model, *references, variants[0], train, case.seed)
         weights = sum(mask.numel() for mask in prepared.masks.values())
         floats = float_bytes(model)
-        bases = {
-            f"base_{part}_accuracy": _base_accuracy(case, self.checkpoints, part)
-            for part in ("val", "test")
-        }
+        bases = {f"base_{p}_accuracy": self.base_accuracy(case, p) for p in ("val", "test")}
         for variant in variants:
-            record = self._path(case, name, variant, per_class)
+            record = self._path(case, variant, per_class)
             file = self._file(record)
             file.parent.mkdir(parents=True, exist_ok=True)
             size = encode(prepared, variant).save(file)
-            loaded = Compressed.load(file).to_model(model)
+            loaded = Compressed.load(file).to_model(model).to(pick_device())
             row = asdict(case) | {
-                "recipe": name,
                 "knob": getattr(variant, KNOBS[variant.quantizer]),
                 "per_class": per_class,
                 "density": density(prepared.masks),
@@ -349,7 +370,7 @@ class Study:
             case = Case(row.dataset, row.model, row.seed)
             recipe = recipes[row.recipe]
             recipe = replace(recipe, **{KNOBS[recipe.quantizer]: row.knob})
-            record = self._path(case, row.recipe, recipe, row.per_class)
+            record = self._path(case, recipe, row.per_class)
             file = self._file(record)
             name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
             names.add(name)
@@ -357,7 +378,7 @@ class Study:
             if kept.exists() and kept.read_text() == record.read_text():
                 continue
             if not file.exists():
-                self._run(case, row.recipe, [recipe], row.per_class)
+                self._run(case, [recipe], row.per_class)
             shutil.copy(file, folder / f"{name}.xaic")
             shutil.copy(record, kept)
         ours = tuple(f"{case}-" for case in self.cases)
@@ -379,10 +400,10 @@ def split(dataset: str, part: str) -> tuple[Tensor, Tensor]:
     return load(dataset, part)
 
 
-@cache
-def _base_accuracy(case: Case, checkpoints: Path, part: str) -> float:
-    model = base(case.dataset, case.model, case.seed, checkpoints)
-    return evaluate(model, *split(case.dataset, part))
+@Memory(CACHE / "accuracies", verbose=0).cache(ignore=["network"])
+def _accuracy(network: nn.Module, dataset: str, part: str, state: str, code: str) -> float:
+    """Kept on disk by what it depends on: each worker of each notebook asks for it."""
+    return evaluate(network, *split(dataset, part))
 
 
 def float_bytes(model: nn.Module) -> int:

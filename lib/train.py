@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 OPTIMISERS = {
@@ -90,11 +91,12 @@ def fit(
     weight_decay: float = 5e-4,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     bfloat16: bool = False,
+    average: bool = False,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: str | None = None,
 ) -> nn.Module:
-    """Train a network from where it stands, with SGD and a one-cycle learning rate.
+    """Train a network from where it stands, with SGD and a one-cycle or a constant learning rate.
 
     Parameters
     ----------
@@ -105,7 +107,8 @@ def fit(
     epochs : int
         Passes over the images.
     lr : float
-        Highest learning rate of the cycle (Smith and Topin 2018); Nesterov momentum 0.9.
+        Highest learning rate of the cycle (Smith and Topin 2018), or the constant one;
+        Nesterov momentum 0.9.
     batch_size : int
         Images of a step.
     weight_decay : float
@@ -114,6 +117,9 @@ def fit(
         (images, generator) -> images, applied to each batch.
     bfloat16 : bool
         Compute in bfloat16 where autocast deems it safe.
+    average : bool
+        Keep the learning rate constant, and return the mean of the weights after each step, with
+        BatchNorm's statistics estimated anew on one more pass over the images.
     seed : int
         Of order and augmentation.
     checkpoint : Path, optional
@@ -126,6 +132,12 @@ def fit(
     -------
     nn.Module
         The same model, in evaluation mode.
+
+    References
+    ----------
+    Polyak and Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992, and Izmailov
+    et al.: Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018,
+    algorithm 1: ``average``.
     """
     device = next(model.parameters()).device
     model.train().to(memory_format=torch.channels_last)
@@ -135,9 +147,13 @@ def fit(
     optimiser = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=lr, total_steps=epochs * steps, pct_start=0.3
-    )
+    if average:
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+    else:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, max_lr=lr, total_steps=epochs * steps, pct_start=0.3
+        )
+    mean = AveragedModel(model) if average else None
     first = 0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -145,19 +161,27 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         first = state["epoch"]
-    bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
-    for epoch in range(first, epochs):
+        if mean is not None:
+            mean.load_state_dict(state["mean"])
+
+    def passes(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
         for index in batches(len(labels), batch_size, generator):
             batch = images[index.to(device)]
             batch = batch if augment is None else augment(batch, generator)
-            batch = batch.contiguous(memory_format=torch.channels_last)
+            yield batch.contiguous(memory_format=torch.channels_last), labels[index.to(device)]
+
+    bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
+    for epoch in range(first, epochs):
+        for batch, wanted in passes(epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = F.cross_entropy(model(batch).float(), labels[index.to(device)])
+                loss = F.cross_entropy(model(batch).float(), wanted)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
+            if mean is not None:
+                mean.update_parameters(model)
             bar.update()
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -167,12 +191,16 @@ def fit(
                     "model": model.state_dict(),
                     "optimiser": optimiser.state_dict(),
                     "schedule": schedule.state_dict(),
+                    "mean": None if mean is None else mean.state_dict(),
                     "epoch": epoch + 1,
                 },
                 partial,
             )
             partial.replace(checkpoint)
     bar.close()
+    if mean is not None:
+        update_bn((batch for batch, _ in passes(epochs)), mean)
+        model.load_state_dict(mean.module.state_dict())
     return model.to(memory_format=torch.contiguous_format).eval()
 
 

@@ -206,3 +206,29 @@ def test_unscored_layers_are_stored_exactly(references):
     loaded = compress(model, *references, "lrp-rd").to_model(model)
     assert torch.equal(loaded[1].weight, model[1].weight)
     assert not torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize(
+    "one, other, equal",
+    [
+        (Recipe(pruning="none", precision="taylor"), Recipe("taylor", "none"), True),
+        (Recipe(pruning="none", rounds=3, refit=True), Recipe(pruning="none"), True),
+        (Recipe(quantizer="uniform", lam=3.0), Recipe(quantizer="uniform"), True),
+        (Recipe(density=0.1, scope="layer", optimiser="sgd"), Recipe(), True),
+        (Recipe(quantizer="uniform", bits=3), Recipe(quantizer="uniform"), False),
+        (Recipe(quantizer="rate-distortion", lam=3.0), Recipe(quantizer="rate-distortion"), False),
+        (Recipe(pruning="top", density=0.1), Recipe(pruning="top"), False),
+        (Recipe(fraction=0.5), Recipe(), False),
+        (Recipe("taylor", "none"), Recipe(pruning="none"), False),
+    ],
+)
+def test_recipes_that_do_the_same_are_one_when_plain(one, other, equal):
+    assert (one.plain == other.plain) == equal
+    assert one.plain.plain == one.plain
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_plain_recipe_makes_the_same_file(recipe, trained, references):
+    given = replace(RECIPES[recipe], finetune=0, rounds=min(RECIPES[recipe].rounds, 2))
+    files = [compress(trained, *references, each).to_bytes() for each in (given, given.plain)]
+    assert files[0] == files[1]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lib import prune, reconstruct
+from lib.models import build, fold_batchnorm
 
 LAYERS = {
     "linear": (lambda: nn.Linear(7, 5), (7,)),
@@ -198,6 +199,24 @@ def test_renormalised_units_have_the_mean_and_deviation_that_they_had(network):
         assert (moments(pruned, name)[1] - wanted[1]).abs().max() > 0.01
     for name, mask in masks.items():
         assert (repaired.get_parameter(name)[~mask] == 0).all()
+
+
+def test_one_pass_and_pass_after_pass_agree(monkeypatch):
+    torch.manual_seed(0)
+    dense, images = build("resnet8"), torch.randn(30, 1, 28, 28)
+    dense = fold_batchnorm(dense.eval())
+    masks = {name: torch.rand(p.shape) < 0.5 for name, p in dense.named_parameters() if p.ndim > 1}
+    pruned = prune.apply(dense, masks)
+    for repair in (lambda: reconstruct.refit(dense, pruned, masks, images, batch_size=7),
+                   lambda: reconstruct.bias_correction(dense, pruned, images, batch_size=7),
+                   lambda: reconstruct.renormalise(dense, pruned, masks, images, batch_size=7)):
+        states = []
+        for memory in (reconstruct.MEMORY, 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(reconstruct, "MEMORY", memory)
+                states.append(repair().state_dict())
+        for name, value in states[0].items():
+            torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_unusable_input(network):

@@ -32,6 +32,7 @@ def study(tmp_path, monkeypatch):
     [
         (("quik",), "unknown profile 'quik'; known: quick, paper"),
         (("quick", "digit"), "unknown data set 'digit'; known: digits"),
+        (("paper", "mnist/lenet"), "unknown network 'lenet' of mnist; known: lenet300, lenet5"),
     ],
 )
 def test_unknown_names_list_the_known(arguments, message):
@@ -43,7 +44,9 @@ def test_datasets_replace_those_of_the_profile():
     cases = runs.Study("paper", "mnist", seed=5).cases
     assert {case.model for case in cases} == {"lenet300", "lenet5"}
     assert sorted({case.seed for case in cases}) == [5, 6, 7]
-    assert {case.model for case in runs.Study("paper", "cifar10").cases} == {"resnet20"}
+    assert {case.model for case in runs.Study("paper", "cifar10").cases} == {"resnet20", "vgg16"}
+    cases = runs.Study("paper", "mnist/lenet5,cifar10-jpeg/resnet20").cases
+    assert [case.model for case in cases] == ["lenet5"] * 3 + ["resnet20"] * 3
 
 
 def test_a_run_is_written_once_with_its_provenance_and_read_afterwards(study, monkeypatch):
@@ -59,8 +62,21 @@ def test_a_run_is_written_once_with_its_provenance_and_read_afterwards(study, mo
     assert study.sweep(recipes, knobs).equals(first)
 
 
+def test_equal_recipes_of_two_names_are_one_run(study):
+    same = replace(RECIPES["uniform"], rounds=2, lam=5.0)
+    table = study.sweep({"even": RECIPES["uniform"], "again": same})
+    assert table["recipe"].tolist() == ["even", "again"]
+    assert table["file_bytes"].nunique() == 1 and len(list(study.runs.rglob("*.json"))) == 1
+
+
+def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
+    special = replace(study.profile, special={"resnet8": {"uniform": (5,)}})
+    monkeypatch.setattr(study, "profile", special)
+    assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
+
+
 def test_only_what_is_missing_is_run_after_an_interruption(study, monkeypatch):
-    recipes = {"even": RECIPES["uniform"], "again": replace(RECIPES["uniform"], bits=6.0)}
+    recipes = {"even": RECIPES["uniform"], "again": replace(RECIPES["magnitude"], density=0.6)}
     done, original = [], runs.prepare
 
     def interrupted(*args):

@@ -34,6 +34,40 @@ def test_fit_goes_on_where_it_was_interrupted(digits, tmp_path, monkeypatch):
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
+def test_the_mean_of_the_weights_is_returned(digits, monkeypatch):
+    seen, original = [], train.AveragedModel.update_parameters
+
+    def spied(mean, model):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        original(mean, model)
+
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", spied)
+    model = fit(build("resnet8"), *digits, epochs=3, lr=0.02, average=True)
+    assert len(seen) == 3 * (len(digits[1]) // 128)
+    for parameter, passes in zip(model.parameters(), zip(*seen, strict=True), strict=True):
+        torch.testing.assert_close(parameter, torch.stack(passes).mean(0), rtol=1e-4, atol=1e-6)
+    # in BatchNorms the statistics are those of the mean, estimated over one pass of the images
+    inputs, norm = model[0](digits[0]), model[1]
+    torch.testing.assert_close(norm.running_mean, inputs.mean((0, 2, 3)), rtol=0.05, atol=0.02)
+
+
+def test_averaging_goes_on_where_it_was_interrupted(digits, tmp_path, monkeypatch):
+    settings = {"epochs": 3, "lr": 0.02, "average": True}
+    whole = fit(build("resnet8"), *digits, **settings)
+    file, original = tmp_path / "state.pt", train.AveragedModel.update_parameters
+
+    def interrupted(mean, model):
+        if mean.n_averaged == 12:
+            raise KeyboardInterrupt
+        original(mean, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.AveragedModel, "update_parameters", interrupted)
+        fit(build("resnet8"), *digits, checkpoint=file, **settings)
+    resumed = fit(build("resnet8", seed=9), *digits, checkpoint=file, **settings)
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
 def test_batches_are_whole_and_in_random_order():
     index = list(batches(10, 3, torch.Generator().manual_seed(0)))
     assert [len(i) for i in index] == [3, 3, 3]
@@ -115,3 +149,16 @@ def test_cycles_are_added_to_a_checkpoint_that_has_fewer(tmp_path, monkeypatch):
 def test_unknown_schedule_lists_the_known():
     with pytest.raises(ValueError, match="no training schedule for digits/vgg16; known: .*lenet5"):
         bases.schedule("digits", "vgg16")
+
+
+def test_a_large_network_is_kept_compressed_and_is_what_was_kept(tmp_path, monkeypatch):
+    key = ("digits", "lenet300")
+    monkeypatch.setitem(bases.SCHEDULES, key, bases.Schedule(1, 0.05, averaged=1, bits=8))
+    first = bases.base(*key, 0, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".xaic"
+    assert path.stat().st_size < sum(p.numel() for p in first.parameters()) * 1.1
+    assert first[1].weight.unique().numel() <= 256
+    monkeypatch.setattr(bases, "fit", None)
+    again = bases.base(*key, 0, tmp_path)
+    assert all(map(torch.equal, first.parameters(), again.parameters()))

@@ -1,0 +1,95 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib import runs, verify
+from lib.bases import SCHEDULES, Schedule
+from lib.claims import smallest_files
+from lib.recipes import RECIPES
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Results of one small network, as a notebook would have written them."""
+    monkeypatch.setenv("RESULTS_ROOT", str(tmp_path / "results"))
+    monkeypatch.setattr(runs, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(SCHEDULES, ("digits", "lenet300"), Schedule(1, 0.05, 64))
+    monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: [f(*a, **k) for f, a, k in jobs])
+    study = runs.Study("quick")
+    study.cases = [runs.Case("digits", "lenet300", 0)]
+    recipes = {"even": RECIPES["uniform"]}
+    table = study.sweep(recipes, {"uniform": (3, 5)})
+    study.save_table("curve", table)
+    study.save_models(smallest_files([table], max_drop=100), recipes)
+    study.save_table("bases", pd.DataFrame([
+        {"dataset": "digits", "model": "lenet300", "seed": 0,
+         "test": table["base_test_accuracy"].iloc[0]}
+    ]))  # fmt: skip
+    return study
+
+
+def verdicts(capsys):
+    return [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+
+
+def test_what_was_written_is_verified(study, capsys):
+    assert verify.verify(study) == 0
+    assert verdicts(capsys) == ["pass"] * 3
+
+
+def spoil_table(study):
+    path = study.results / "curve.csv"
+    table = pd.read_csv(path)
+    table.loc[1, "test_accuracy"] += 0.1
+    table.to_csv(path, index=False)
+
+
+def spoil_record(study):
+    (path,) = (study.results / "models").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_accuracy": 5.0}))
+
+
+def spoil_model(study):
+    (path,) = (study.results / "models").glob("*.xaic")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil_size(study):
+    (path,) = (study.results / "models").glob("*.json")
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"file_bytes": row["file_bytes"] - 1}))
+
+
+def spoil_base(study):
+    (path,) = study.checkpoints.glob("*.safetensors")
+    state = runs.base("digits", "lenet300", 0, study.checkpoints).state_dict()
+    save_file({key: torch.zeros_like(value) for key, value in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    "spoil, position",
+    [(spoil_record, 0), (spoil_model, 0), (spoil_size, 0), (spoil_base, 1), (spoil_table, 2)],
+)
+def test_a_number_that_is_not_measured_is_found(study, capsys, spoil, position):
+    spoil(study)
+    assert verify.verify(study) == 1
+    found = [verdict for verdict in verdicts(capsys) if verdict in ("pass", "FAIL")]
+    assert [place for place, verdict in enumerate(found) if verdict == "FAIL"] == [position]
+
+
+def test_missing_data_are_told_and_the_rest_is_verified(study, capsys, monkeypatch):
+    def missing(*_):
+        raise verify.DataNotFoundError("not there")
+
+    monkeypatch.setattr(verify, "split", missing)
+    assert verify.verify(study) == 0
+    assert "1 pass, 0 FAIL, 2 no data" in capsys.readouterr().out
+
+
+def test_nothing_to_verify_is_a_failure(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "results", tmp_path / "empty")
+    monkeypatch.setattr(study, "runs", tmp_path / "empty")
+    assert verify.verify(study) == 1
