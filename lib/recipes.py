@@ -14,9 +14,12 @@ from lib.codec import Compressed, Constant
 from lib.criteria import CRITERIA
 from lib.models import batchnorm_pairs, fold_batchnorm
 from lib.quantize import Codes
+from lib.relevance import scored_weights
 from lib.train import OPTIMISERS, Batches, evaluate, finetune
 
-__all__ = ["RECIPES", "Compressed", "Prepared", "Recipe", "compress", "encode", "prepare"]
+__all__ = [
+    "RECIPES", "Compressed", "Prepared", "Recipe", "compress", "encode", "prepare", "remove",
+]  # fmt: skip
 
 _CHOICES = {
     "pruning": ("none", "nonpositive", "top", "filters"),
@@ -123,6 +126,11 @@ class Recipe:
         return self.precision or self.criterion
 
     @property
+    def removal(self) -> "Recipe":
+        """What of it decides which weights go and how the others are repaired."""
+        return replace(self, quantizer="uniform", bits=Recipe.bits).plain
+
+    @property
     def plain(self) -> "Recipe":
         """The same recipe, with all that it makes no use of at its default."""
         unused = {"bits", "widths", "lam"} - {KNOBS[self.quantizer]}
@@ -199,11 +207,14 @@ class Prepared:
     images: Tensor
 
 
-def _fold_scale(model: nn.Module, folded: nn.Module, name: str) -> Tensor:
-    """Factor by which folding multiplied each weight; one where that is not defined."""
-    before, after = model.get_parameter(name).detach(), folded.get_parameter(name).detach()
-    scale = (after / before).abs()
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+def _fold_scales(model: nn.Module, folded: nn.Module) -> dict[str, Tensor]:
+    """Factors by which folding multiplied each weight; one where that is not defined."""
+    scales = {}
+    for name in scored_weights(folded):
+        before, after = model.get_parameter(name).detach(), folded.get_parameter(name).detach()
+        scale = (after / before).abs()
+        scales[name] = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    return scales
 
 
 def _score(name, working, images, labels, scales) -> dict[str, Tensor]:
@@ -226,15 +237,15 @@ def _next_masks(recipe: Recipe, scores, masks, round_: int) -> dict[str, Tensor]
     return prune.intersect(prune.filters(scores, density, scope="layer"), unstructured)
 
 
-def prepare(
+def remove(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     recipe: Recipe,
     train: Batches | None = None,
     seed: int = 0,
-) -> Prepared:
-    """Score, prune, refit and fine-tune: all of a recipe that does not depend on its size.
+) -> tuple[nn.Module, prune.Mask]:
+    """Score and prune a network, refit and fine-tune what is left.
 
     Parameters
     ----------
@@ -243,7 +254,7 @@ def prepare(
     images, labels : Tensor
         Reference images [N, ...] and int64 labels [N], from the training split.
     recipe : Recipe
-        What to do.
+        What to do; how weights are stored does not matter here.
     train : tuple of Tensor, or iterable of batches, optional
         Training data, for recipes that fine-tune.
     seed : int
@@ -251,7 +262,10 @@ def prepare(
 
     Returns
     -------
-    Prepared
+    working : nn.Module
+        A copy with BatchNorm folded; removed weights are zero.
+    masks : dict of str to Tensor
+        bool, True = kept; keyed by weight name.
 
     Raises
     ------
@@ -262,9 +276,8 @@ def prepare(
     if recipe.finetune and train is None:
         raise ValueError("this recipe fine-tunes: give it train=(images, labels) or a DataLoader")
     dense = fold_batchnorm(model)
-    scores = CRITERIA["magnitude"](dense, images, labels)
-    scales = {name: _fold_scale(model, dense, name) for name in scores}
-    masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    scales = _fold_scales(model, dense)
+    masks = {name: torch.ones_like(scale, dtype=torch.bool) for name, scale in scales.items()}
     working = copy.deepcopy(dense)
     for round_ in range(recipe.rounds if recipe.pruning != "none" else 0):
         for part in [[name] for name in masks] if recipe.layerwise else [list(masks)]:
@@ -280,12 +293,45 @@ def prepare(
         working = finetune(
             working, masks, train, steps=recipe.finetune, optimiser=recipe.optimiser, seed=seed
         )
-    moments, units, damage = {}, {}, 0.0
+    return working, masks
+
+
+def prepare(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    train: Batches | None = None,
+    seed: int = 0,
+    *,
+    removed: tuple[nn.Module, prune.Mask] | None = None,
+) -> Prepared:
+    """Do all of a recipe that does not depend on the file's size.
+
+    Parameters
+    ----------
+    model, images, labels, recipe, train, seed
+        As for ``remove``.
+    removed : tuple, optional
+        What ``remove`` gave for a recipe of the same ``removal``; computed if it is not given.
+
+    Returns
+    -------
+    Prepared
+
+    Raises
+    ------
+    ValueError
+        As ``remove`` does.
+    """
+    working, masks = removed or remove(model, images, labels, recipe, train, seed)
+    scores, moments, units, damage = {}, {}, {}, 0.0
     if recipe.quantizer == "rate-distortion":
         moments = reconstruct.input_moments(working, images, centered=True)
         units = unit_weights(recipe.decides, working, images, labels)
         damage = _damage(working, masks.keys() & moments.keys(), moments, units)
     elif recipe.quantizer != "uniform":
+        scales = _fold_scales(model, fold_batchnorm(model))
         scores = _score(recipe.decides, working, images, labels, scales)
     return Prepared(model, working, masks, scores, moments, units, damage, images)
 

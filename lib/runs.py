@@ -26,7 +26,7 @@ from lib.codec import Compressed
 from lib.data import CACHE, DATASETS, load, sample
 from lib.files import write_bytes
 from lib.prune import density
-from lib.recipes import KNOBS, Recipe, encode, prepare
+from lib.recipes import KNOBS, Recipe, encode, prepare, remove
 from lib.train import evaluate, pick_device
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,8 @@ class Profile:
         For each quantizer, the settings of its knob that make a curve.
     special : dict of str to dict of str to tuple of float
         By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
-    kept : tuple of float
-        Shares of weights kept, for comparing criteria.
+    kept : dict of str to tuple of float
+        By model shares of weights kept, for comparing criteria; "" stands for all others.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -61,7 +61,7 @@ class Profile:
     finetune: int
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
-    kept: tuple[float, ...]
+    kept: dict[str, tuple[float, ...]]
 
 
 PROFILES = {
@@ -76,12 +76,12 @@ PROFILES = {
             "rate-distortion": (0.003, 0.01, 0.03),
         },
         special={},
-        kept=(0.15, 0.05),
+        kept={"": (0.4, 0.15)},
     ),
     "paper": Profile(
         {
             "mnist": {"lenet300": (0, 1, 2), "lenet5": (0, 1, 2)},
-            "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
+            "cifar10-jpeg": {"resnet20": (0,), "vgg16": (0,)},
         },
         per_class=50,
         finetune=300,
@@ -92,15 +92,20 @@ PROFILES = {
             "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(9)),
         },
         special={
-            "resnet20": {"rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(5))},
+            "resnet20": {
+                "tiers": (3, 4, 5),
+                "uniform": (3, 4, 5, 6),
+                "layers": (3, 4, 5, 6),
+                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(5)),
+            },
             "vgg16": {
                 "tiers": (2.2, 3),
                 "uniform": (3, 5),
-                "layers": (2, 4),
+                "layers": (3, 5),
                 "rate-distortion": tuple(10 ** (step / 2 - 2) for step in range(4)),
             },
         },
-        kept=(0.1, 0.03),
+        kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
     ),
 }
 
@@ -198,6 +203,10 @@ class Study:
         """The first case of a model, or the first of all where the profile has none of it."""
         return next((case for case in self.cases if case.model == model), self.cases[0])
 
+    def kept(self, model: str) -> tuple[float, ...]:
+        """Shares of weights kept of a model, for comparing criteria; largest first."""
+        return self.profile.kept.get(model, self.profile.kept[""])
+
     def base(self, case: Case, progress: bool = True) -> nn.Module:
         """The trained base network of a case; trained now if it was not before."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -211,9 +220,7 @@ class Study:
     def base_accuracy(self, case: Case, part: str) -> float:
         """Accuracy of a case's base network on a split, in percent; measured once."""
         network = self.base(case)
-        state = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
-        digest = hashlib.sha256(state).hexdigest()
-        return _accuracy(network, case.dataset, part, digest, code_digest())
+        return _accuracy(network, case.dataset, part, _digest(network), code_digest())
 
     def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
         """Reference images and labels of a case, drawn from its training split."""
@@ -301,7 +308,10 @@ class Study:
         model = self.base(case)
         train = split(case.dataset, "train")
         references = self.references(case, per_class)
-        prepared = prepare(model, *references, variants[0], train, case.seed)
+        removal = variants[0].removal
+        state = (_digest(model), code_digest(), per_class)
+        removed = _removed(model, references, train, removal, case.seed, *state)
+        prepared = prepare(model, *references, variants[0], removed=removed)
         weights = sum(mask.numel() for mask in prepared.masks.values())
         floats = float_bytes(model)
         bases = {f"base_{p}_accuracy": self.base_accuracy(case, p) for p in ("val", "test")}
@@ -400,10 +410,24 @@ def split(dataset: str, part: str) -> tuple[Tensor, Tensor]:
     return load(dataset, part)
 
 
-@Memory(CACHE / "accuracies", verbose=0).cache(ignore=["network"])
+def _digest(network: nn.Module) -> str:
+    state = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(state).hexdigest()
+
+
+# Several recipes remove the same weights, and each worker of each notebook asks for the accuracies
+# of base networks. Both are kept on disk by all that they depend on.
+_memory = Memory(CACHE / "memory", verbose=0)
+
+
+@_memory.cache(ignore=["network"])
 def _accuracy(network: nn.Module, dataset: str, part: str, state: str, code: str) -> float:
-    """Kept on disk by what it depends on: each worker of each notebook asks for it."""
     return evaluate(network, *split(dataset, part))
+
+
+@_memory.cache(ignore=["network", "references", "train"])
+def _removed(network, references, train, removal, seed, state, code, per_class):
+    return remove(network, *references, removal, train, seed)
 
 
 def float_bytes(model: nn.Module) -> int:

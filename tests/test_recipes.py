@@ -9,7 +9,7 @@ from lib import prune
 from lib.codec import CompressedFileError
 from lib.data import load
 from lib.models import build, fold_batchnorm
-from lib.recipes import RECIPES, Compressed, Recipe, compress, encode, prepare
+from lib.recipes import RECIPES, Compressed, Recipe, compress, encode, prepare, remove
 from lib.relevance import UnsupportedLayerError, weight_relevance
 from lib.train import evaluate
 
@@ -231,4 +231,16 @@ def test_recipes_that_do_the_same_are_one_when_plain(one, other, equal):
 def test_a_plain_recipe_makes_the_same_file(recipe, trained, references):
     given = replace(RECIPES[recipe], finetune=0, rounds=min(RECIPES[recipe].rounds, 2))
     files = [compress(trained, *references, each).to_bytes() for each in (given, given.plain)]
+    assert files[0] == files[1]
+
+
+def test_recipes_that_remove_the_same_share_what_was_removed(trained, references):
+    recipe = replace(RECIPES["lrp-gradual-rd"], rounds=2, lam=0.05)
+    other = replace(recipe, quantizer="tiers", bits=3.0, precision="taylor")
+    assert other.removal == recipe.removal != replace(recipe, rounds=1).removal
+    removed = remove(trained, *references, other)
+    files = [
+        encode(prepare(trained, *references, recipe, removed=given), recipe).to_bytes()
+        for given in (None, removed)
+    ]
     assert files[0] == files[1]

@@ -46,7 +46,7 @@ def test_datasets_replace_those_of_the_profile():
     assert sorted({case.seed for case in cases}) == [5, 6, 7]
     assert {case.model for case in runs.Study("paper", "cifar10").cases} == {"resnet20", "vgg16"}
     cases = runs.Study("paper", "mnist/lenet5,cifar10-jpeg/resnet20").cases
-    assert [case.model for case in cases] == ["lenet5"] * 3 + ["resnet20"] * 3
+    assert [case.model for case in cases] == ["lenet5"] * 3 + ["resnet20"]
 
 
 def test_a_run_is_written_once_with_its_provenance_and_read_afterwards(study, monkeypatch):
@@ -79,11 +79,11 @@ def test_only_what_is_missing_is_run_after_an_interruption(study, monkeypatch):
     recipes = {"even": RECIPES["uniform"], "again": replace(RECIPES["magnitude"], density=0.6)}
     done, original = [], runs.prepare
 
-    def interrupted(*args):
+    def interrupted(*args, **keywords):
         done.append(args)
         if len(done) == 2:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **keywords)
 
     monkeypatch.setattr(runs, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
