@@ -53,6 +53,11 @@ class Schedule:
     averaged: int = 0
     bits: int = 0
 
+    @property
+    def passes(self) -> int:
+        """Over the training split, in all."""
+        return self.epochs * self.cycles + self.averaged
+
 
 SCHEDULES = {
     ("digits", "lenet300"): Schedule(20, 0.05, 64, precision="float64"),
@@ -60,7 +65,9 @@ SCHEDULES = {
     ("digits", "resnet8"): Schedule(15, 0.1, 64, precision="float64"),
     ("mnist", "lenet300"): Schedule(20, 0.1),
     ("mnist", "lenet5"): Schedule(20, 0.05),
-    ("cifar", "resnet20"): Schedule(20, 0.2, augment=True, precision="bfloat16", averaged=5),
+    ("cifar", "resnet20"): Schedule(
+        20, 0.2, augment=True, precision="bfloat16", cycles=2, averaged=5
+    ),
     ("cifar", "vgg16"): Schedule(
         10, 0.1, augment=True, precision="bfloat16", averaged=2, bits=8
     ),
@@ -114,18 +121,18 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     """
     how = schedule(dataset, model)
     name = f"{dataset}-{model}-s{seed}"
-    path = folder / f"{name}.{'xaic' if how.bits else 'safetensors'}"
+    path = _path(dataset, model, seed, folder)
     images, labels = load(dataset, "val")
     network = build(model, channels=images.shape[1], classes=10, seed=seed)
     had = _training(path)
     stages = [("cycles", cycle + 1) for cycle in range(had["cycles"], how.cycles)]
-    if had["averaged"] < how.averaged:
+    if how.averaged and (stages or had["averaged"] < how.averaged):
         stages.append(("averaged", how.averaged))
     for kind, count in stages:
         if path.exists():
             network.load_state_dict(_read(path)[0])
         images, labels = load(dataset, "train")
-        partial = folder / f"{name}.partial.pt"
+        partial = folder / f"{name}-{kind}-{count}.partial.pt"
         device = pick_device()
         number = torch.float64 if how.precision == "float64" else torch.float32
         cycle, half = kind == "cycles", how.precision == "bfloat16" and multiplies_bfloat16(device)
@@ -143,13 +150,30 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
             checkpoint=partial,
             progress=f"{name}, {kind}: {count}" if progress else None,
         ).to("cpu", torch.float32)
-        had[kind] = count
+        had = {"cycles": count, "averaged": 0} if cycle else had | {"averaged": count}
         remarks = {"schedule": repr(how), "torch": torch.__version__, **had}
         remarks |= {"device": device.type, "bfloat16": half}
         _keep(network, path, {key: str(value) for key, value in remarks.items()}, how.bits)
         partial.unlink()
     network.load_state_dict(_read(path)[0])
     return network.eval()
+
+
+def is_trained(dataset: str, model: str, seed: int, folder: Path) -> bool:
+    """Whether ``base`` would read a network as it is, rather than train.
+
+    Parameters
+    ----------
+    dataset, model, seed, folder
+        As for ``base``.
+    """
+    how, had = schedule(dataset, model), _training(_path(dataset, model, seed, folder))
+    return had["cycles"] >= how.cycles and had["averaged"] >= how.averaged
+
+
+def _path(dataset: str, model: str, seed: int, folder: Path) -> Path:
+    suffix = "xaic" if schedule(dataset, model).bits else "safetensors"
+    return folder / f"{dataset}-{model}-s{seed}.{suffix}"
 
 
 def _training(path: Path) -> dict[str, int]:

@@ -20,22 +20,31 @@ def claims_table(results: Path) -> str:
     """
     claims = [c for p in sorted(results.glob("claims-*.json")) for c in json.loads(p.read_text())]
     networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    expected: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str], dict[str, dict]] = {}
     for claim in claims:
         network = re.sub(r"-s\d+$", "", claim["where"])
         elsewhere = "" if network in networks else f" ({network})"
         key = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
-        said = claim["ours"] if claim["holds"] else f"**{claim['ours']}**"
-        rows.setdefault(key, {})[networks[0] if elsewhere else network] = said
-        expected.setdefault(key, []).append(claim["paper"])
+        cells = rows.setdefault(key, {})
+        column = networks[0] if elsewhere else network
+        if column in cells:
+            raise ValueError(f"two results of {key} for {column}")
+        cells[column] = claim
     head = ["", "claim", "expected", *networks, "notebook"]
     lines = [head, ["-"] * len(head)]
-    for key, found in rows.items():
-        wanted = ", ".join(dict.fromkeys(expected[key]))
-        cells = [found.get(network, "") for network in networks]
-        lines.append([*key[:2], wanted, *cells, key[2]])
+    for (identifier, sentence, notebook), found in rows.items():
+        goals = list(dict.fromkeys(claim["paper"] for claim in found.values()))
+        cells = [_result(found.get(network), len(goals) > 1) for network in networks]
+        lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
     return _markdown(lines)
+
+
+def _result(claim: dict | None, with_goal: bool) -> str:
+    """What was measured, bold where the claim does not hold; its goal where goals differ."""
+    if claim is None:
+        return ""
+    said = claim["ours"] if claim["holds"] else f"**{claim['ours']}**"
+    return f"{said} (expected: {claim['paper']})" if with_goal else said
 
 
 def files_table(results: Path) -> str:

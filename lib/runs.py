@@ -27,7 +27,7 @@ from lib.data import CACHE, DATASETS, load, sample
 from lib.files import write_bytes
 from lib.prune import density
 from lib.recipes import KNOBS, Recipe, encode, prepare, remove
-from lib.train import evaluate, pick_device
+from lib.train import evaluate
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "torchvision", "zennit", "captum", "constriction", "numpy", "scikit-learn")
@@ -185,6 +185,7 @@ class Study:
             torch.set_num_threads(1)  # the order of sums, and so the outputs, are the same anywhere
         self.checkpoints = store / "checkpoints"
         self.runs = store / "runs"
+        self._states: dict[Case, str] = {}
         self.scratch = CACHE / profile
         self.scratch.mkdir(parents=True, exist_ok=True)
 
@@ -193,7 +194,7 @@ class Study:
             raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
         kind = "cifar10-jpeg" if dataset == "cifar10" else dataset
         everywhere = PROFILES["paper"].networks | PROFILES["quick"].networks
-        networks = (self.profile.networks | everywhere)[kind]
+        networks = (everywhere | self.profile.networks)[kind]
         if model and model not in networks:
             known = ", ".join(networks)
             raise ValueError(f"unknown network {model!r} of {dataset}; known: {known}")
@@ -219,8 +220,7 @@ class Study:
 
     def base_accuracy(self, case: Case, part: str) -> float:
         """Accuracy of a case's base network on a split, in percent; measured once."""
-        network = self.base(case)
-        return _accuracy(network, case.dataset, part, _digest(network), code_digest())
+        return _accuracy(self.base(case), case.dataset, part, self._state(case), code_digest())
 
     def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
         """Reference images and labels of a case, drawn from its training split."""
@@ -296,8 +296,14 @@ class Study:
         return [replace(recipe, **{knob: float(value)}) for value in values]
 
     def _path(self, case: Case, recipe: Recipe, per_class: int) -> Path:
-        key = json.dumps([asdict(recipe.plain), per_class], sort_keys=True)
+        key = json.dumps([asdict(recipe.plain), per_class, self._state(case)], sort_keys=True)
         return self.runs / str(case) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    def _state(self, case: Case) -> str:
+        """Digest of a case's base network: a run of another network is another run."""
+        if case not in self._states:
+            self._states[case] = _digest(self.base(case).state_dict().values())
+        return self._states[case]
 
     def _file(self, record: Path) -> Path:
         return CACHE / self.name / "files" / record.relative_to(self.runs).with_suffix(".xaic")
@@ -309,8 +315,9 @@ class Study:
         train = split(case.dataset, "train")
         references = self.references(case, per_class)
         removal = variants[0].removal
-        state = (_digest(model), code_digest(), per_class)
-        removed = _removed(model, references, train, removal, case.seed, *state)
+        data = [*references, *(train if removal.finetune else ())]
+        key = (self._state(case), _digest(data), code_digest())
+        removed = _removed(model, references, train, removal, case.seed, key)
         prepared = prepare(model, *references, variants[0], removed=removed)
         weights = sum(mask.numel() for mask in prepared.masks.values())
         floats = float_bytes(model)
@@ -320,7 +327,7 @@ class Study:
             file = self._file(record)
             file.parent.mkdir(parents=True, exist_ok=True)
             size = encode(prepared, variant).save(file)
-            loaded = Compressed.load(file).to_model(model).to(pick_device())
+            loaded = Compressed.load(file).to_model(model)
             row = asdict(case) | {
                 "knob": getattr(variant, KNOBS[variant.quantizer]),
                 "per_class": per_class,
@@ -410,9 +417,11 @@ def split(dataset: str, part: str) -> tuple[Tensor, Tensor]:
     return load(dataset, part)
 
 
-def _digest(network: nn.Module) -> str:
-    state = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
-    return hashlib.sha256(state).hexdigest()
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 # Several recipes remove the same weights, and each worker of each notebook asks for the accuracies
@@ -426,7 +435,7 @@ def _accuracy(network: nn.Module, dataset: str, part: str, state: str, code: str
 
 
 @_memory.cache(ignore=["network", "references", "train"])
-def _removed(network, references, train, removal, seed, state, code, per_class):
+def _removed(network, references, train, removal, seed, key):
     return remove(network, *references, removal, train, seed)
 
 

@@ -22,6 +22,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setitem(SCHEDULES, ("digits", "resnet8"), Schedule(1, 0.05, 64))
     profile = replace(runs.PROFILES["quick"], networks={"digits": {"resnet8": (0,)}}, per_class=2)
     monkeypatch.setitem(runs.PROFILES, "quick", profile)
+    monkeypatch.setattr(runs, "_removed", runs._removed.func)  # nothing from earlier tests
     # worker processes would not see what is patched here
     monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: [f(*a, **k) for f, a, k in jobs])
     return runs.Study("quick")
@@ -67,6 +68,17 @@ def test_equal_recipes_of_two_names_are_one_run(study):
     table = study.sweep({"even": RECIPES["uniform"], "again": same})
     assert table["recipe"].tolist() == ["even", "again"]
     assert table["file_bytes"].nunique() == 1 and len(list(study.runs.rglob("*.json"))) == 1
+
+
+def test_a_network_that_was_trained_anew_is_run_anew(study):
+    recipes = {"even": RECIPES["uniform"]}
+    first = study.sweep(recipes)
+    (checkpoint,) = study.checkpoints.glob("*.safetensors")
+    checkpoint.unlink()
+    SCHEDULES["digits", "resnet8"] = Schedule(1, 0.02, 64)
+    again = runs.Study("quick").sweep(recipes)
+    assert len(list(study.runs.rglob("*.json"))) == 2
+    assert again["base_val_accuracy"].item() != first["base_val_accuracy"].item()
 
 
 def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):

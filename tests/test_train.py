@@ -151,6 +151,45 @@ def test_unknown_schedule_lists_the_known():
         bases.schedule("digits", "vgg16")
 
 
+def test_a_cycle_that_is_added_is_averaged_anew(tmp_path, monkeypatch):
+    def train(**how):
+        monkeypatch.setitem(bases.SCHEDULES, ("digits", "lenet300"), bases.Schedule(1, 0.05, **how))
+        assert not bases.is_trained("digits", "lenet300", 0, tmp_path)
+        network = bases.base("digits", "lenet300", 0, tmp_path)
+        assert bases.is_trained("digits", "lenet300", 0, tmp_path)
+        return network
+
+    train(averaged=1)
+    seen, original = [], bases.fit
+
+    def spied(*args, **settings):
+        seen.append(settings["average"])
+        return original(*args, **settings)
+
+    monkeypatch.setattr(bases, "fit", spied)
+    train(cycles=2, averaged=1)
+    assert seen == [False, True]
+
+
+def test_a_stage_does_not_go_on_from_another_ones_state(tmp_path, monkeypatch):
+    key, original = ("digits", "lenet300"), train.batches
+
+    def interrupted(*args):
+        if list(tmp_path.glob("*.partial.pt")):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setitem(bases.SCHEDULES, key, bases.Schedule(1, 0.05))
+    bases.base(*key, 0, tmp_path)
+    monkeypatch.setitem(bases.SCHEDULES, key, bases.Schedule(2, 0.05, cycles=2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "batches", interrupted)
+        bases.base(*key, 0, tmp_path)
+    monkeypatch.setitem(bases.SCHEDULES, key, bases.Schedule(2, 0.05, averaged=1))
+    bases.base(*key, 0, tmp_path)
+    assert bases.is_trained(*key, 0, tmp_path)
+
+
 def test_a_large_network_is_kept_compressed_and_is_what_was_kept(tmp_path, monkeypatch):
     key = ("digits", "lenet300")
     monkeypatch.setitem(bases.SCHEDULES, key, bases.Schedule(1, 0.05, averaged=1, bits=8))

@@ -19,6 +19,8 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setitem(SCHEDULES, ("digits", "lenet300"), Schedule(1, 0.05, 64))
     monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: [f(*a, **k) for f, a, k in jobs])
     study = runs.Study("quick")
+    # as in the paper profile, whose networks and records are committed beside its tables
+    study.checkpoints, study.runs = study.results / "checkpoints", study.results / "runs"
     study.cases = [runs.Case("digits", "lenet300", 0)]
     recipes = {"even": RECIPES["uniform"]}
     table = study.sweep(recipes, {"uniform": (3, 5)})
@@ -26,7 +28,7 @@ def study(tmp_path, monkeypatch):
     study.save_models(smallest_files([table], max_drop=100), recipes)
     study.save_table("bases", pd.DataFrame([
         {"dataset": "digits", "model": "lenet300", "seed": 0,
-         "test": table["base_test_accuracy"].iloc[0]}
+         "val": table["base_val_accuracy"].iloc[0], "test": table["base_test_accuracy"].iloc[0]}
     ]))  # fmt: skip
     return study
 
@@ -44,6 +46,13 @@ def spoil_table(study):
     path = study.results / "curve.csv"
     table = pd.read_csv(path)
     table.loc[1, "test_accuracy"] += 0.1
+    table.to_csv(path, index=False)
+
+
+def empty_cell(study):
+    path = study.results / "curve.csv"
+    table = pd.read_csv(path)
+    table.loc[1, "test_accuracy"] = None
     table.to_csv(path, index=False)
 
 
@@ -69,15 +78,40 @@ def spoil_base(study):
     save_file({key: torch.zeros_like(value) for key, value in state.items()}, path)
 
 
+def remove_base(study):
+    (path,) = study.checkpoints.glob("*.safetensors")
+    path.unlink()
+
+
+def remove_runs(study):
+    for path in study.runs.rglob("*.json"):
+        path.unlink()
+
+
+def change_base_in_table(study):
+    path = study.results / "bases.csv"
+    pd.read_csv(path).assign(test=50.0).to_csv(path, index=False)
+
+
 @pytest.mark.parametrize(
-    "spoil, position",
-    [(spoil_record, 0), (spoil_model, 0), (spoil_size, 0), (spoil_base, 1), (spoil_table, 2)],
+    "spoil, positions",
+    [
+        (spoil_record, [0]),
+        (spoil_model, [0]),
+        (spoil_size, [0]),
+        (spoil_base, [1]),
+        (remove_base, [1]),
+        (spoil_table, [2]),
+        (empty_cell, [2]),
+        (remove_runs, [2]),
+        (change_base_in_table, [1, 2]),
+    ],
 )
-def test_a_number_that_is_not_measured_is_found(study, capsys, spoil, position):
+def test_a_number_that_is_not_measured_is_found(study, capsys, spoil, positions):
     spoil(study)
     assert verify.verify(study) == 1
     found = [verdict for verdict in verdicts(capsys) if verdict in ("pass", "FAIL")]
-    assert [place for place, verdict in enumerate(found) if verdict == "FAIL"] == [position]
+    assert [place for place, verdict in enumerate(found) if verdict == "FAIL"] == positions
 
 
 def test_missing_data_are_told_and_the_rest_is_verified(study, capsys, monkeypatch):
