@@ -95,8 +95,8 @@ PROFILES = {
             "resnet20": {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
-                "layers": (3, 4, 5, 6),
-                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(5)),
+                "layers": (4, 5, 6),
+                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(4)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
