@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
 plt.rcParams.update(
@@ -105,13 +105,22 @@ def curves(
             axis.axhline(part[base].mean(), color="black", lw=0.8, ls=":", label="uncompressed")
         if log:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_locator(FixedLocator(_ticks(part[x])))
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.tick_params(axis="x", labelrotation=30)
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
+
+
+def _ticks(values: pd.Series) -> list[float]:
+    """1, 2 and 5 times powers of ten within the range of values, or its ends if it is narrow."""
+    low, high = values.min(), values.max()
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    within = [tick for tick in ticks if 0.999 * low <= tick <= 1.001 * high]
+    return within if len(within) > 1 else [float(f"{end:.2g}") for end in (low, high)]
 
 
 def before_and_after(compressed, before: float, after: float) -> Figure:

@@ -60,6 +60,9 @@ def files_table(results: Path) -> str:
         column.append(f"{floats:,.0f} kB, {base}")
         for recipe in recipes:
             rows = part[part["recipe"] == recipe]
+            if rows.empty:
+                column.append("–")
+                continue
             size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
             mark = "" if rows["reached"].all() else " †"
             column.append(f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}")

@@ -95,7 +95,7 @@ PROFILES = {
             "resnet20": {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
-                "layers": (4, 5, 6),
+                "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(4)),
             },
             "vgg16": {

@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from lib import readme
 from lib.recipes import RECIPES
 
@@ -24,3 +26,17 @@ def test_targets_that_are_named_exist():
     makefile = (Path(readme.ROOT) / "Makefile").read_text()
     for target in set(re.findall(r"`make (\w+)", TEXT)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_a_method_that_was_not_run_on_a_network_leaves_its_cell_open(tmp_path):
+    row = {"seed": 0, "file_bytes": 1000, "ratio": 4.0, "test_accuracy": 90.0,
+           "base_test_accuracy": 91.0, "reached": True}  # fmt: skip
+    cases = [("a", "x", "one"), ("a", "x", "two"), ("b", "y", "one")]
+    names = ("dataset", "model", "recipe")
+    table = pd.DataFrame([dict(zip(names, case, strict=True)) | row for case in cases])
+    table.loc[1, "reached"] = False
+    table.to_csv(tmp_path / "headline-smallest.csv")
+    lines = readme.files_table(tmp_path).splitlines()
+    assert lines[0] == "|  | a-x, 1 seed | b-y, 1 seed |"
+    assert lines[2] == "| uncompressed | 4 kB, 91.00 % | 4 kB, 91.00 % |"
+    assert lines[4] == "| two | 1.0 kB (4.0x), 90.00 % † | – |"
