@@ -1,5 +1,7 @@
 """Every figure: one look, one colour for each method, returned as matplotlib figures."""
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -41,6 +43,16 @@ def _style(name: str, position: int) -> dict:
         if family in name:
             return {"color": colour, "ls": line, **marker}
     return {"color": _OTHERS[position % len(_OTHERS)], "ls": "-", **marker}
+
+
+def _styles(names: Iterable[str]) -> list[dict]:
+    """A style for each, so that no two outside the families share a colour while some are left."""
+    styles, taken = [], set()
+    for position, name in enumerate(names):
+        free = [p for p in range(position, position + 6) if _OTHERS[p % 6] not in taken]
+        styles.append(_style(name, free[0] if free else position))
+        taken.add(styles[-1]["color"])
+    return styles
 
 
 def _panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure, list]:
@@ -91,10 +103,10 @@ def curves(
     """
     figure, panels = _by_network(table)
     for axis, part in panels:
-        for position, (name, line) in enumerate(part.groupby(hue, sort=False)):
+        lines = list(part.groupby(hue, sort=False))
+        for (name, line), style in zip(lines, _styles(str(n) for n, _ in lines), strict=True):
             means = line.groupby("knob")[[x, y]].agg(["mean", "min", "max"])
             means = means.sort_values((x, "mean"))
-            style = _style(str(name), position)
             axis.plot(means[x]["mean"], means[y]["mean"], label=name, lw=1.6, **style)
             if line["seed"].nunique() > 1:
                 axis.fill_between(
