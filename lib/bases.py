@@ -130,7 +130,7 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
         stages.append(("averaged", how.averaged))
     for kind, count in stages:
         if path.exists():
-            network.load_state_dict(_read(path)[0])
+            network.load_state_dict(_read(path))
         images, labels = load(dataset, "train")
         partial = folder / f"{name}-{kind}-{count}.partial.pt"
         device = pick_device()
@@ -155,7 +155,7 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
         remarks |= {"device": device.type, "bfloat16": half}
         _keep(network, path, {key: str(value) for key, value in remarks.items()}, how.bits)
         partial.unlink()
-    network.load_state_dict(_read(path)[0])
+    network.load_state_dict(_read(path))
     return network.eval()
 
 
@@ -180,17 +180,16 @@ def _training(path: Path) -> dict[str, int]:
     """How many cycles of training, and averaged passes after them, a checkpoint has had."""
     if not path.exists():
         return {"cycles": 0, "averaged": 0}
-    remarks = _read(path)[1]
+    if path.suffix == ".xaic":
+        remarks = Compressed.load(path).meta
+    else:
+        with safe_open(path, "pt") as file:  # its header only, not the tensors
+            remarks = file.metadata() or {}
     return {"cycles": int(remarks.get("cycles", 1)), "averaged": int(remarks.get("averaged", 0))}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A checkpoint's tensors, and the remarks kept with them."""
-    if path.suffix == ".xaic":
-        kept = Compressed.load(path)
-        return kept.state_dict(), kept.meta
-    with safe_open(path, "pt") as file:
-        return load_file(path), file.metadata() or {}
+def _read(path: Path) -> dict[str, Tensor]:
+    return Compressed.load(path).state_dict() if path.suffix == ".xaic" else load_file(path)
 
 
 def _keep(network: nn.Module, path: Path, remarks: dict[str, str], bits: int) -> None:

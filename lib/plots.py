@@ -49,7 +49,8 @@ def _styles(names: Iterable[str]) -> list[dict]:
     """A style for each, so that no two outside the families share a colour while some are left."""
     styles, taken = [], set()
     for position, name in enumerate(names):
-        free = [p for p in range(position, position + 6) if _OTHERS[p % 6] not in taken]
+        turn = range(position, position + len(_OTHERS))
+        free = [p for p in turn if _OTHERS[p % len(_OTHERS)] not in taken]
         styles.append(_style(name, free[0] if free else position))
         taken.add(styles[-1]["color"])
     return styles
