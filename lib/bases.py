@@ -68,7 +68,7 @@ SCHEDULES = {
     ("cifar", "resnet20"): Schedule(
         20, 0.2, augment=True, precision="bfloat16", cycles=2, averaged=5
     ),
-    ("cifar", "vgg16"): Schedule(6, 0.1, augment=True, precision="bfloat16", bits=8),
+    ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, precision="bfloat16", bits=8),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.claims import NETWORK, text
-from lib.runs import ROOT, write
+from lib.runs import ROOT, cost, write
 
 README = ROOT / "README.md"
 
@@ -101,6 +101,16 @@ def speed_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def cost_table(results: Path) -> str:
+    """What the runs took as a Markdown table, from their records."""
+    head = ["network", "seeds", "runs", "core hours", "processor"]
+    lines = [head, ["-"] * len(head)]
+    for row in cost(results / "runs").to_dict("records"):
+        counts = [str(row["seeds"]), str(row["runs"]), f"{row['core hours']:.1f}"]
+        lines.append([f"{row['dataset']}-{row['model']}", *counts, row["processor"]])
+    return _markdown(lines)
+
+
 def filled(text: str, root: Path = ROOT) -> str:
     """The README's text with every block between markers written anew.
 
@@ -108,7 +118,8 @@ def filled(text: str, root: Path = ROOT) -> str:
     ----------
     text : str
         Holds ``<!-- claims: PROFILE -->``, ``<!-- files: PROFILE -->``,
-        ``<!-- latency: bench -->`` or ``<!-- speed: bench -->``, then ``<!-- end -->``.
+        ``<!-- cost: PROFILE -->``, ``<!-- latency: bench -->`` or ``<!-- speed: bench -->``, then
+        ``<!-- end -->``.
     root : Path
         Folder of ``results/``.
 
@@ -120,6 +131,7 @@ def filled(text: str, root: Path = ROOT) -> str:
     tables = {
         "claims": claims_table,
         "files": files_table,
+        "cost": cost_table,
         "latency": latency_table,
         "speed": speed_table,
     }
@@ -129,7 +141,7 @@ def filled(text: str, root: Path = ROOT) -> str:
         table = tables[match["kind"]](root / "results" / what)
         return f"<!-- {match['kind']}: {what} -->\n\n{table}\n\n<!-- end -->"
 
-    pattern = r"<!-- (?P<kind>claims|files|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
+    pattern = r"<!-- (?P<kind>claims|files|cost|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, block, text, flags=re.S)
 
 

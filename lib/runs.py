@@ -27,6 +27,7 @@ from lib.data import CACHE, DATASETS, load, sample
 from lib.files import write_bytes
 from lib.prune import density
 from lib.recipes import KNOBS, Recipe, encode, prepare, remove
+from lib.relevance import scored_weights
 from lib.train import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,8 @@ class Profile:
         By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
     kept : dict of str to tuple of float
         By model shares of weights kept, for comparing criteria; "" stands for all others.
+    untuned : tuple of str
+        Models that recipes with fine-tuning leave out, since it takes hours there.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -62,6 +65,7 @@ class Profile:
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
     kept: dict[str, tuple[float, ...]]
+    untuned: tuple[str, ...] = ()
 
 
 PROFILES = {
@@ -106,6 +110,7 @@ PROFILES = {
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
+        untuned=("vgg16",),
     ),
 }
 
@@ -235,6 +240,8 @@ class Study:
     ) -> pd.DataFrame:
         """Run recipes on cases; a run whose result is there is not done again.
 
+        Recipes with fine-tuning leave out the models for which the profile says so.
+
         Parameters
         ----------
         recipes : dict of str to Recipe
@@ -263,6 +270,7 @@ class Study:
             (name, case, variant)
             for case in cases
             for name, recipe in recipes.items()
+            if not (recipe.finetune and case.model in self.profile.untuned)
             for variant in self._variants(case, recipe, knobs or {})
         ]
         # Variants that differ in their knob alone share a job, equal ones of two names a run.
@@ -294,6 +302,13 @@ class Study:
             special = self.profile.special.get(case.model, {})
             values = special.get(recipe.quantizer, knobs[recipe.quantizer])
         return [replace(recipe, **{knob: float(value)}) for value in values]
+
+    def compressed(self, case: Case, recipe: Recipe) -> Compressed:
+        """The file of a run where it is still there; else the network is compressed anew."""
+        record = self._path(case, recipe, self.profile.per_class)
+        if record.exists() and self._file(record).exists():
+            return Compressed.load(self._file(record))
+        return encode(prepare(self.base(case), *self.references(case), recipe), recipe)
 
     def _path(self, case: Case, recipe: Recipe, per_class: int) -> Path:
         key = json.dumps([asdict(recipe.plain), per_class, self._state(case)], sort_keys=True)
@@ -461,16 +476,53 @@ def bits_per_layer(study: Study, recipes: dict[str, tuple[Recipe, float]]) -> pd
     """
     rows = []
     for case in (c for c in study.cases if c.seed == study.cases[0].seed):
-        model = study.base(case)
+        weights = scored_weights(study.base(case))
         for name, (recipe, value) in recipes.items():
-            recipe = replace(recipe, **{KNOBS[recipe.quantizer]: value})
-            prepared = prepare(model, *study.references(case), recipe)
-            layers = encode(prepared, recipe).summary()
+            recipe = replace(recipe, **{KNOBS[recipe.quantizer]: float(value)})
+            layers = study.compressed(case, recipe).summary()
             for layer, bits in zip(layers["layer"], layers["bits per weight"], strict=True):
-                if layer in prepared.masks:
+                if layer in weights:
                     rows.append({"dataset": case.dataset, "model": case.model, "recipe": name,
                                  "layer": layer, "bits": bits})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def cost(records: Path) -> pd.DataFrame:
+    """What runs took, added up from their records.
+
+    Parameters
+    ----------
+    records : Path
+        Folder of records, ``Study.runs``.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, seeds, runs, core hours (training of the base networks not counted) and
+        processor, a row for each network and kind of processor. A run shares its preparation with
+        those that differ in their knob alone; it is counted once.
+    """
+    rows = []
+    for path in sorted(records.rglob("*.json")):
+        row = json.loads(path.read_text())
+        where = row["provenance"]
+        recipe = {k: v for k, v in where["recipe"].items() if k not in KNOBS.values()}
+        job = json.dumps([row["seed"], row["per_class"], recipe, where["commit"]])
+        hours = where["threads"] * where["seconds"] / 3600
+        capability = where["cpu_capability"]
+        rows.append((row["dataset"], row["model"], capability, row["seed"], job, hours))
+    names = ["dataset", "model", "processor", "seed", "job", "core hours"]
+    table = pd.DataFrame(rows, columns=names)
+    by = ["dataset", "model", "processor"]
+    jobs = table.groupby([*by, "job"], sort=False)["core hours"].max()
+    groups = table.groupby(by, sort=False)
+    return pd.DataFrame(
+        {
+            "seeds": groups["seed"].nunique(),
+            "runs": groups.size(),
+            "core hours": jobs.groupby(by, sort=False).sum(),
+        }
+    ).reset_index()
 
 
 def write(path: Path, text: str) -> None:

@@ -87,6 +87,22 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
     assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
 
 
+def test_fine_tuning_leaves_out_the_models_that_the_profile_names(study, monkeypatch):
+    recipes = {"even": RECIPES["uniform"], "tuned": replace(RECIPES["uniform"], finetune=1)}
+    assert study.sweep(recipes)["recipe"].tolist() == ["even", "tuned"]
+    monkeypatch.setattr(study, "profile", replace(study.profile, untuned=("resnet8",)))
+    assert study.sweep(recipes)["recipe"].tolist() == ["even"]
+
+
+def test_bits_are_those_of_the_files_of_the_runs(study, monkeypatch):
+    recipe = RECIPES["uniform"]
+    anew = runs.bits_per_layer(study, {"even": (recipe, 3)})
+    study.sweep({"even": recipe}, {"uniform": (3,)})
+    monkeypatch.setattr(runs, "prepare", None)
+    kept = runs.bits_per_layer(study, {"even": (recipe, 3)})
+    assert kept.equals(anew) and kept["layer"].is_unique and kept["bits"].between(1, 3.5).all()
+
+
 def test_only_what_is_missing_is_run_after_an_interruption(study, monkeypatch):
     recipes = {"even": RECIPES["uniform"], "again": replace(RECIPES["magnitude"], density=0.6)}
     done, original = [], runs.prepare
@@ -111,6 +127,20 @@ def test_the_accuracy_is_that_of_the_file(study):
     loaded = runs.Compressed.load(file).to_model(study.base(study.cases[0]))
     assert file.stat().st_size == row["file_bytes"]
     assert runs.evaluate(loaded, *runs.split("digits", "test")) == row["test_accuracy"]
+
+
+def test_the_cost_counts_what_runs_share_once(study):
+    study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})
+    study.sweep({"magnitude": RECIPES["magnitude"]})
+    (row,) = runs.cost(study.runs).to_dict("records")
+    records = [json.loads(path.read_text()) for path in study.runs.rglob("*.json")]
+    seconds = {"none": [], "top": []}
+    for record in records:
+        where = record["provenance"]
+        seconds[where["recipe"]["pruning"]].append(where["threads"] * where["seconds"])
+    assert (row["model"], row["seeds"], row["runs"]) == ("resnet8", 1, 3)
+    assert row["core hours"] == pytest.approx(sum(map(max, seconds.values())) / 3600)
+    assert runs.cost(study.runs / "nothing").empty
 
 
 def test_prose_does_not_change_the_digest_of_the_code(tmp_path, monkeypatch):
