@@ -104,8 +104,8 @@ PROFILES = {
             },
             "vgg16": {
                 "tiers": (2.2, 3),
-                "uniform": (3, 5),
-                "layers": (3, 5),
+                "uniform": (3, 4, 5),
+                "layers": (2, 3, 4),
                 "rate-distortion": tuple(10 ** (step / 2 - 2) for step in range(4)),
             },
         },
