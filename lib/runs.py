@@ -104,9 +104,9 @@ PROFILES = {
             },
             "vgg16": {
                 "tiers": (2.2, 3),
-                "uniform": (3, 4, 5),
-                "layers": (2, 3, 4),
-                "rate-distortion": tuple(10 ** (step / 2 - 2) for step in range(4)),
+                "uniform": (4, 5, 6),
+                "layers": (2, 2.5, 3, 4),
+                "rate-distortion": tuple(10 ** (step / 2 - 3) for step in range(4)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
