@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import astuple
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -48,8 +49,8 @@ def verify(study: Study) -> int:
     if study.runs.is_relative_to(study.results):
         groups += [_bases(study), _tables(study)]
     for checks in groups:
-        found = list(checks)
-        for verdict, what, measured, committed in found or [("FAIL", "nothing committed", "", "")]:
+        first = next(checks, ("FAIL", "nothing committed", "", ""))
+        for verdict, what, measured, committed in chain([first], checks):
             counts[verdict] += 1
             print(f"{verdict:8} {what:54} {measured:>18} {committed:>18}", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
