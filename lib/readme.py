@@ -141,7 +141,7 @@ def filled(text: str, root: Path = ROOT) -> str:
         table = tables[match["kind"]](root / "results" / what)
         return f"<!-- {match['kind']}: {what} -->\n\n{table}\n\n<!-- end -->"
 
-    pattern = r"<!-- (?P<kind>claims|files|cost|latency|speed): (?P<what>\w+) -->.*?<!-- end -->"
+    pattern = rf"<!-- (?P<kind>{'|'.join(tables)}): (?P<what>\w+) -->.*?<!-- end -->"
     return re.sub(pattern, block, text, flags=re.S)
 
 

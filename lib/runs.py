@@ -487,24 +487,28 @@ def bits_per_layer(study: Study, recipes: dict[str, tuple[Recipe, float]]) -> pd
     return pd.DataFrame(rows)
 
 
-def cost(records: Path) -> pd.DataFrame:
+def read_records(folder: Path) -> list[dict]:
+    """Records of all runs in ``folder``, ``Study.runs``, in the order of their paths."""
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+
+
+def cost(folder: Path) -> pd.DataFrame:
     """What runs took, added up from their records.
 
     Parameters
     ----------
-    records : Path
-        Folder of records, ``Study.runs``.
+    folder : Path
+        As for ``read_records``.
 
     Returns
     -------
     DataFrame
-        dataset, model, seeds, runs, core hours (training of the base networks not counted) and
-        processor, a row for each network and kind of processor. A run shares its preparation with
+        dataset, model, processor, seeds, runs and core hours (training of the base networks not
+        counted), a row for each network and kind of processor. A run shares its preparation with
         those that differ in their knob alone; it is counted once.
     """
     rows = []
-    for path in sorted(records.rglob("*.json")):
-        row = json.loads(path.read_text())
+    for row in read_records(folder):
         where = row["provenance"]
         recipe = {k: v for k, v in where["recipe"].items() if k not in KNOBS.values()}
         job = json.dumps([row["seed"], row["per_class"], recipe, where["commit"]])

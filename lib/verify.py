@@ -12,7 +12,7 @@ from lib.bases import is_trained
 from lib.codec import Compressed, CompressedFileError
 from lib.data import DataNotFoundError
 from lib.models import build
-from lib.runs import Case, Study, split
+from lib.runs import Case, Study, read_records, split
 from lib.train import evaluate
 
 TOLERANCE = 0.2
@@ -98,7 +98,7 @@ def _bases(study: Study) -> Iterator[Check]:
 
 def _tables(study: Study) -> Iterator[Check]:
     """Rows of the tables that records of runs account for."""
-    known = pd.DataFrame(json.loads(p.read_text()) for p in sorted(study.runs.rglob("*.json")))
+    known = pd.DataFrame(read_records(study.runs))
     same = {"val": "base_val_accuracy", "test": "base_test_accuracy"}
     bases = _base_table(study).rename(columns=same)
     if known.empty or bases.empty:
