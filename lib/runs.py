@@ -106,7 +106,7 @@ PROFILES = {
                 "tiers": (2.2, 3),
                 "uniform": (4, 5, 6),
                 "layers": (2, 2.5, 3, 4),
-                "rate-distortion": tuple(10 ** (step / 2 - 3) for step in range(4)),
+                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in (0, 1, 2, 3, 4, 6)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
