@@ -1,13 +1,12 @@
 """The README's tables, written from ``results/`` so that no number in it is typed by hand."""
 
-import json
 import re
 from pathlib import Path
 
 import pandas as pd
 
 from lib.claims import NETWORK, text
-from lib.runs import ROOT, cost, write
+from lib.runs import ROOT, cost, read_claims, write
 
 README = ROOT / "README.md"
 
@@ -18,7 +17,7 @@ def claims_table(results: Path) -> str:
     A row is a claim of ``claims-*.json`` in one reading; what was measured stands in bold where
     the claim does not hold. Claims about networks from elsewhere name them beside the sentence.
     """
-    claims = [c for p in sorted(results.glob("claims-*.json")) for c in json.loads(p.read_text())]
+    claims = read_claims(results)
     networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
     rows: dict[tuple[str, str, str], dict[str, dict]] = {}
     for claim in claims:

@@ -55,8 +55,8 @@ class Profile:
         By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
     kept : dict of str to tuple of float
         By model shares of weights kept, for comparing criteria; "" stands for all others.
-    untuned : tuple of str
-        Models that recipes with fine-tuning leave out, since it takes hours there.
+    slow : tuple of str
+        Models that fine-tuning and ablations leave out, since they take hours there.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -65,7 +65,7 @@ class Profile:
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
     kept: dict[str, tuple[float, ...]]
-    untuned: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
 
 PROFILES = {
@@ -110,7 +110,7 @@ PROFILES = {
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
-        untuned=("vgg16",),
+        slow=("vgg16",),
     ),
 }
 
@@ -270,7 +270,7 @@ class Study:
             (name, case, variant)
             for case in cases
             for name, recipe in recipes.items()
-            if not (recipe.finetune and case.model in self.profile.untuned)
+            if not (recipe.finetune and case.model in self.profile.slow)
             for variant in self._variants(case, recipe, knobs or {})
         ]
         # Variants that differ in their knob alone share a job, equal ones of two names a run.
@@ -381,8 +381,7 @@ class Study:
 
     def load_claims(self) -> pd.DataFrame:
         """All claims of the profile, in the order of their notebooks."""
-        paths = sorted(self.results.glob("claims-*.json"))
-        return pd.DataFrame([row for path in paths for row in json.loads(path.read_text())])
+        return pd.DataFrame(read_claims(self.results))
 
     def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
         """Keep the files of chosen runs of the first seed, each beside its record, and no others.
@@ -490,6 +489,12 @@ def bits_per_layer(study: Study, recipes: dict[str, tuple[Recipe, float]]) -> pd
 def read_records(folder: Path) -> list[dict]:
     """Records of all runs in ``folder``, ``Study.runs``, in the order of their paths."""
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+
+
+def read_claims(results: Path) -> list[dict]:
+    """All claims of a profile's ``results``, in the order of their notebooks."""
+    paths = sorted(results.glob("claims-*.json"))
+    return [claim for path in paths for claim in json.loads(path.read_text())]
 
 
 def cost(folder: Path) -> pd.DataFrame:

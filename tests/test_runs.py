@@ -90,7 +90,7 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
 def test_fine_tuning_leaves_out_the_models_that_the_profile_names(study, monkeypatch):
     recipes = {"even": RECIPES["uniform"], "tuned": replace(RECIPES["uniform"], finetune=1)}
     assert study.sweep(recipes)["recipe"].tolist() == ["even", "tuned"]
-    monkeypatch.setattr(study, "profile", replace(study.profile, untuned=("resnet8",)))
+    monkeypatch.setattr(study, "profile", replace(study.profile, slow=("resnet8",)))
     assert study.sweep(recipes)["recipe"].tolist() == ["even"]
 
 
