@@ -1,4 +1,4 @@
-"""What the notebooks show about relevance: conservation, agreement, how many images it takes."""
+"""What the notebooks show about relevance: conservation, agreement, what it foretells."""
 
 import copy
 
@@ -9,10 +9,14 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, SpecialFirstLayerMapComposite
 from zennit.rules import Epsilon
 
+from lib.allocate import unit_weights
 from lib.data import sample
 from lib.models import fold_batchnorm
 from lib.plots import spearman
+from lib.quantize import energy, uniform
+from lib.reconstruct import input_moments
 from lib.relevance import Rule, input_relevance, weight_relevance
+from lib.runs import split
 
 
 def conservation(model: nn.Module, images: Tensor, labels: Tensor, zero_bias: bool) -> pd.DataFrame:
@@ -162,6 +166,63 @@ def sign_agreement(study) -> pd.DataFrame:
             )
     table = pd.DataFrame(rows)
     return table.groupby(["dataset", "model", "start"], sort=False).mean().reset_index()
+
+
+def harm_foretold(study, criteria: list[str], bits: int = 3, groups: int = 4) -> pd.DataFrame:
+    """How well the weights of the units' errors foretell what rounding those units does.
+
+    The units of each layer are ordered by the first criterion and cut into groups. The incoming
+    weights of one group at a time are rounded; that changes the network's predictions.
+
+    Parameters
+    ----------
+    study : Study
+        Its cases are weighed at its reference images and tried on other ones.
+    criteria : list of str
+        Names for ``lib.allocate.unit_weights``.
+    bits : int
+        To which the group is rounded, by ``lib.quantize.uniform``.
+    groups : int
+        In each layer, of about as many units each.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, groups (in all layers), and for each criterion Spearman's correlation, over
+        the groups, of the damage that rate-distortion reckons with (``lib.quantize.energy`` of the
+        rounding error) and the Kullback-Leibler divergence of the predictions on 20 images of
+        each class of the validation split (means over seeds).
+    """
+    rows = []
+    for case in study.cases:
+        network, references = fold_batchnorm(study.base(case)).eval(), study.references(case)
+        units = {name: unit_weights(name, network, *references) for name in criteria}
+        moments = input_moments(network, references[0], centered=True)
+        images, _ = sample(*split(case.dataset, "val"), 20, seed=0)
+        whole = _log_predictions(network, images)
+        found = []
+        for layer, moment in moments.items():
+            weight = network.get_parameter(layer).data
+            trained = weight.clone()
+            error = uniform(trained, bits).decode() - trained
+            for group in units[criteria[0]][layer].argsort().tensor_split(groups):
+                part = torch.zeros_like(error).index_copy(0, group, error[group])
+                weight.copy_(trained + part)
+                now = _log_predictions(network, images)
+                weight.copy_(trained)
+                harm = (whole.exp() * (whole - now)).sum(1).mean()
+                damages = {name: energy(part, moment, units[name][layer]) for name in criteria}
+                found.append({"harm": float(harm)} | damages)
+        ranks = pd.DataFrame(found).corr("spearman")["harm"].drop("harm")
+        where = {"dataset": case.dataset, "model": case.model, "groups": len(found)}
+        rows.append(where | ranks.to_dict())
+    table = pd.DataFrame(rows)
+    return table.groupby(["dataset", "model"], sort=False).mean().reset_index()
+
+
+@torch.no_grad()
+def _log_predictions(network: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([network(batch) for batch in images.split(100)]).log_softmax(1)
 
 
 def _percent(found: Tensor) -> float:
