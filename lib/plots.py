@@ -120,7 +120,7 @@ def curves(
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(FixedLocator(_ticks(part[x])))
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
             axis.tick_params(axis="x", labelrotation=30)
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)

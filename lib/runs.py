@@ -31,6 +31,7 @@ from lib.relevance import scored_weights
 from lib.train import evaluate
 
 ROOT = Path(__file__).parents[1]
+LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
 _PACKAGES = ("torch", "torchvision", "zennit", "captum", "constriction", "numpy", "scikit-learn")
 _BOOKKEEPING = {
     "plots", "runs", "notebooks", "claims", "checks", "verify", "readme", "export", "__main__",
@@ -386,6 +387,8 @@ class Study:
     def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
         """Keep the files of chosen runs of the first seed, each beside its record, and no others.
 
+        Files above ``LARGEST_KEPT`` are left out: they would swell the repository.
+
         Parameters
         ----------
         best : DataFrame
@@ -397,6 +400,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         names = set()
         chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
+        chosen = chosen[chosen["file_bytes"] <= LARGEST_KEPT]
         for row in chosen.itertuples():
             case = Case(row.dataset, row.model, row.seed)
             recipe = recipes[row.recipe]

@@ -42,6 +42,16 @@ def test_what_was_written_is_verified(study, capsys):
     assert verdicts(capsys) == ["pass"] * 3
 
 
+def test_files_that_would_swell_the_repository_are_not_kept(study, monkeypatch):
+    recipes = {"even": RECIPES["uniform"]}
+    best = smallest_files([study.sweep(recipes, {"uniform": (3, 5)})], max_drop=100)
+    models = study.results / "models"
+    assert len(list(models.iterdir())) == 2
+    monkeypatch.setattr(runs, "LARGEST_KEPT", best["file_bytes"].max() - 1)
+    study.save_models(best, recipes)
+    assert not list(models.iterdir())
+
+
 def spoil_table(study):
     path = study.results / "curve.csv"
     table = pd.read_csv(path)
