@@ -94,7 +94,8 @@ def curves(
     xlabel, ylabel : str
         Axis labels; the column's name by default.
     base : str
-        Column whose mean is drawn as a horizontal line, the uncompressed network.
+        Column of the uncompressed network's ``y``. The y axis then shows what is lost against it:
+        linear up to one point, where methods are compared, logarithmic beyond.
     log : bool
         Logarithmic x axis.
 
@@ -102,6 +103,8 @@ def curves(
     -------
     Figure
     """
+    if base:
+        table = table.assign(**{y: table[base] - table[y]})
     figure, panels = _by_network(table)
     for axis, part in panels:
         lines = list(part.groupby(hue, sort=False))
@@ -115,7 +118,14 @@ def curves(
                     color=style["color"],
                 )  # fmt: skip
         if base:
-            axis.axhline(part[base].mean(), color="black", lw=0.8, ls=":", label="uncompressed")
+            axis.axhline(0, color="black", lw=0.8, ls=":", label="uncompressed")
+            axis.axhline(1, color="black", lw=0.8, label="one point lost")
+            axis.set_yscale("symlog", linthresh=1)
+            losses = part.groupby([hue, "knob"])[y].mean()
+            axis.set_ylim(max(1.5, 1.3 * losses.max()), min(-0.3, losses.min() - 0.1))
+            axis.yaxis.set_major_locator(FixedLocator([-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if log:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(FixedLocator(_ticks(part[x])))
