@@ -69,6 +69,10 @@ class Profile:
     slow: tuple[str, ...] = ()
 
 
+def _prices(steps: Iterable[int]) -> tuple[float, ...]:
+    return tuple(10 ** (step / 4 - 3) for step in steps)
+
+
 PROFILES = {
     "quick": Profile(
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
@@ -94,20 +98,20 @@ PROFILES = {
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
-            "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(9)),
+            "rate-distortion": _prices(range(9)),
         },
         special={
             "resnet20": {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
                 "layers": (3, 3.5, 4, 5, 6),
-                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in range(4)),
+                "rate-distortion": _prices((-2, 0, 1, 2, 3)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
                 "uniform": (4, 5, 6),
                 "layers": (2, 2.5, 3, 4),
-                "rate-distortion": tuple(10 ** (step / 4 - 3) for step in (0, 1, 2, 3, 4, 6)),
+                "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
