@@ -164,8 +164,7 @@ def sign_agreement(study) -> pd.DataFrame:
                     "of positive weights, score > 0": _percent(score[weight > 0] > 0),
                 }
             )
-    table = pd.DataFrame(rows)
-    return table.groupby(["dataset", "model", "start"], sort=False).mean().reset_index()
+    return _over_seeds(rows, ["dataset", "model", "start"])
 
 
 def harm_foretold(study, criteria: list[str], bits: int = 3, groups: int = 4) -> pd.DataFrame:
@@ -210,19 +209,22 @@ def harm_foretold(study, criteria: list[str], bits: int = 3, groups: int = 4) ->
                 weight.copy_(trained + part)
                 now = _log_predictions(network, images)
                 weight.copy_(trained)
-                harm = (whole.exp() * (whole - now)).sum(1).mean()
+                harm = nn.functional.kl_div(now, whole, log_target=True, reduction="batchmean")
                 damages = {name: energy(part, moment, units[name][layer]) for name in criteria}
                 found.append({"harm": float(harm)} | damages)
         ranks = pd.DataFrame(found).corr("spearman")["harm"].drop("harm")
         where = {"dataset": case.dataset, "model": case.model, "groups": len(found)}
         rows.append(where | ranks.to_dict())
-    table = pd.DataFrame(rows)
-    return table.groupby(["dataset", "model"], sort=False).mean().reset_index()
+    return _over_seeds(rows, ["dataset", "model"])
 
 
 @torch.no_grad()
 def _log_predictions(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(batch) for batch in images.split(100)]).log_softmax(1)
+
+
+def _over_seeds(rows: list[dict], by: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows).groupby(by, sort=False, as_index=False).mean()
 
 
 def _percent(found: Tensor) -> float:

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
@@ -94,8 +95,9 @@ def curves(
     xlabel, ylabel : str
         Axis labels; the column's name by default.
     base : str
-        Column of the uncompressed network's ``y``. The y axis then shows what is lost against it:
-        linear up to one point, where methods are compared, logarithmic beyond.
+        Column of the uncompressed network's ``y``, an accuracy in percent. The y axis then shows
+        the points lost against it, and says so: linear up to one point, where methods are
+        compared, logarithmic beyond.
     log : bool
         Logarithmic x axis.
 
@@ -105,6 +107,7 @@ def curves(
     """
     if base:
         table = table.assign(**{y: table[base] - table[y]})
+        ylabel = ylabel or f"points of {y.replace('_', ' ')} lost"
     figure, panels = _by_network(table)
     for axis, part in panels:
         lines = list(part.groupby(hue, sort=False))
@@ -123,18 +126,20 @@ def curves(
             axis.set_yscale("symlog", linthresh=1)
             losses = part.groupby([hue, "knob"])[y].mean()
             axis.set_ylim(max(1.5, 1.3 * losses.max()), min(-0.3, losses.min() - 0.1))
-            axis.yaxis.set_major_locator(FixedLocator([-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]))
-            axis.yaxis.set_minor_locator(NullLocator())
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _put_ticks(axis.yaxis, [-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
         if log:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(_ticks(part[x])))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+            _put_ticks(axis.xaxis, _ticks(part[x]))
             axis.tick_params(axis="x", labelrotation=30)
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
+
+
+def _put_ticks(axis: Axis, values: list[float]) -> None:
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
 
 
 def _ticks(values: pd.Series) -> list[float]:
