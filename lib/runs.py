@@ -90,7 +90,7 @@ PROFILES = {
     "paper": Profile(
         {
             "mnist": {"lenet300": (0, 1, 2), "lenet5": (0, 1, 2)},
-            "cifar10-jpeg": {"resnet20": (0,), "vgg16": (0,)},
+            "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
         },
         per_class=50,
         finetune=300,
@@ -105,7 +105,7 @@ PROFILES = {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
                 "layers": (3, 3.5, 4, 5, 6),
-                "rate-distortion": _prices((-2, 0, 1, 2, 3)),
+                "rate-distortion": _prices(range(5)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),

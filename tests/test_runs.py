@@ -47,7 +47,7 @@ def test_datasets_replace_those_of_the_profile():
     assert sorted({case.seed for case in cases}) == [5, 6, 7]
     assert {case.model for case in runs.Study("paper", "cifar10").cases} == {"resnet20", "vgg16"}
     cases = runs.Study("paper", "mnist/lenet5,cifar10-jpeg/resnet20").cases
-    assert [case.model for case in cases] == ["lenet5"] * 3 + ["resnet20"]
+    assert [case.model for case in cases] == ["lenet5"] * 3 + ["resnet20"] * 3
 
 
 def test_a_run_is_written_once_with_its_provenance_and_read_afterwards(study, monkeypatch):
