@@ -9,6 +9,7 @@ from lib.criteria import CRITERIA, relevance_choices
 from lib.reconstruct import input_moments
 from lib.relevance import scored_weights, unit_sensitivity
 
+_CHANGES = ("root", "shuffled", "reversed")
 _SECOND_ORDER = ("taylor", "fisher", "hessian-trace")
 
 
@@ -71,9 +72,10 @@ def unit_weights(
     ----------
     name : str
         ``lrp-<rule>`` or ``lrp-<rule>/<start>``: the mean square of ``R_k / z_k``; ``alike``: all
-        ones; ``shuffled:<name>`` and ``reversed:<name>``: the same values, dealt out to the units
-        of the network at random or in reverse order (controls); any other criterion: from its
-        scores, see Notes.
+        ones; ``root:<name>``: the square roots of a name's values, half way between it and
+        ``alike``; ``shuffled:<name>`` and ``reversed:<name>``: the same values, dealt out to the
+        units of the network at random or in reverse order (controls); any other criterion: from
+        its scores, see Notes.
     model : nn.Module
         The network whose weights will be quantized, BatchNorm folded.
     images, labels : Tensor
@@ -93,11 +95,14 @@ def unit_weights(
     with scores of second order (``fisher``: the mean squared gradient at the unit), and the same
     with ``s^2`` for those of first order.
     """
-    control, _, inner = name.partition(":")
-    if control in ("shuffled", "reversed") and inner:
+    change, _, inner = name.partition(":")
+    if change in _CHANGES and inner:
         units = unit_weights(inner, model, images, labels, seed)
         pooled = torch.cat(list(units.values()))
-        if control == "shuffled":
+        if change == "root":
+            pooled = pooled.sqrt()
+            pooled /= _positive(pooled.mean())
+        elif change == "shuffled":
             pooled = pooled[torch.randperm(len(pooled), generator=_generator(seed))]
         else:
             order = pooled.argsort()
@@ -111,8 +116,18 @@ def unit_weights(
         units = unit_sensitivity(model, images, labels, rule=rule, start=start)
     else:
         units = _from_scores(name, model, images, labels)
-    mean = torch.cat(list(units.values())).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    mean = _positive(torch.cat(list(units.values())).mean())
     return {key: (unit / mean).float() for key, unit in units.items()}
+
+
+def criterion_of(name: str) -> str:
+    """The criterion, or ``alike``, in a name of ``unit_weights``."""
+    *changes, criterion = name.split(":")
+    return criterion if set(changes) <= set(_CHANGES) else name
+
+
+def _positive(mean: Tensor) -> Tensor:
+    return mean.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _generator(seed: int) -> torch.Generator:

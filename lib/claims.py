@@ -267,7 +267,7 @@ def precision_claims(best: pd.DataFrame, ours: str, others: list[str], way: str)
     return claims
 
 
-def criterion_claims(best: pd.DataFrame, ours: str) -> list[Claim]:
+def criterion_claims(best: pd.DataFrame, ours: str, what: str) -> list[Claim]:
     """C6: relevance against each other criterion in the same pipeline.
 
     Parameters
@@ -277,6 +277,8 @@ def criterion_claims(best: pd.DataFrame, ours: str) -> list[Claim]:
         of relevance (``lrp`` in its name).
     ours : str
         The recipe that uses relevance.
+    what : str
+        What it uses, in words.
 
     Returns
     -------
@@ -294,7 +296,7 @@ def criterion_claims(best: pd.DataFrame, ours: str) -> list[Claim]:
             claims.append(
                 Claim(
                     "C6",
-                    f"relevance needs no larger file than {name.removeprefix('units by ')}",
+                    f"{what} needs no larger file than {name.removeprefix('units by ')}",
                     f"{dataset}-{model}",
                     "no larger within 1 point",
                     f"{text(mine['file_bytes'] / 1000)} kB; "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import prune, quantize, reconstruct
-from lib.allocate import tier_shares, unit_weights
+from lib.allocate import criterion_of, tier_shares, unit_weights
 from lib.codec import Compressed, Constant
 from lib.criteria import CRITERIA
 from lib.models import batchnorm_pairs, fold_batchnorm
@@ -85,8 +85,9 @@ class Recipe:
         what removing all weights would do, divided by their number. So it means about the same
         for every network: near 0.01 weights take two bits, at 10 hardly any is left.
     precision : str
-        What decides the bits: a criterion; with ``rate-distortion`` also ``alike`` or
-        ``shuffled:<criterion>`` (see ``lib.allocate``); empty: the same as ``criterion``.
+        What decides the bits: a criterion; with ``rate-distortion`` also ``alike``,
+        ``root:<criterion>`` or ``shuffled:<criterion>`` (see ``lib.allocate``); empty: the same
+        as ``criterion``.
     """
 
     criterion: str = "lrp-epsilon"
@@ -107,8 +108,9 @@ class Recipe:
     precision: str = ""
 
     def __post_init__(self):
-        for name in (self.criterion, self.decides.removeprefix("shuffled:")):
-            if name != "alike":
+        by_units = self.quantizer == "rate-distortion"
+        for name in (self.criterion, criterion_of(self.decides) if by_units else self.decides):
+            if not (by_units and name == "alike"):
                 CRITERIA[name]  # raises for an unknown name, and lists the known
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
@@ -128,7 +130,7 @@ class Recipe:
     @property
     def removal(self) -> "Recipe":
         """What of it decides which weights go and how the others are repaired."""
-        return replace(self, quantizer="uniform", bits=Recipe.bits).plain
+        return replace(self, quantizer="uniform", bits=Recipe.bits, precision="").plain
 
     @property
     def plain(self) -> "Recipe":

@@ -56,7 +56,9 @@ def test_units_by_relevance_are_its_mean_square_normalised(network):
         assert torch.allclose(unit, direct[name] / scale, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lrp-zplus", "fisher", "magnitude", "alike", "shuffled:lrp-0"])
+@pytest.mark.parametrize(
+    "name", ["lrp-zplus", "fisher", "magnitude", "alike", "shuffled:lrp-0", "root:fisher"]
+)
 def test_units_have_mean_one_and_one_value_each(name, network):
     units = unit_weights(name, *network)
     pooled = torch.cat(list(units.values()))
@@ -74,6 +76,17 @@ def test_controls_deal_out_the_same_values(network):
         assert not torch.equal(control, plain)
     order = plain.argsort()
     assert torch.equal(back[order], plain.sort(descending=True).values)
+
+
+def test_roots_are_half_way_to_units_alike(network):
+    plain, root, both = (
+        torch.cat(list(unit_weights(f"{prefix}lrp-epsilon", *network).values()))
+        for prefix in ("", "root:", "shuffled:root:")
+    )
+    some = plain > 0
+    assert torch.allclose(root[some].square() / plain[some], root.mean() / plain.sqrt().mean() ** 2)
+    assert torch.equal(root > 0, some)
+    assert torch.equal(both.sort().values, root.sort().values) and not torch.equal(both, root)
 
 
 def test_fisher_units_are_squared_gradients_of_the_loss(references):

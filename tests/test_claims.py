@@ -93,8 +93,8 @@ def test_precision_needs_to_beat_every_control_that_arrives():
 
 def test_criteria_are_compared_one_by_one():
     best = smallest_files([RUNS], 1.0)
-    assert [c.holds for c in criterion_claims(best, "ours")] == [True, True]
-    assert [c.holds for c in criterion_claims(best, "theirs")] == [False, True]
+    assert [c.holds for c in criterion_claims(best, "ours", "x")] == [True, True]
+    assert [c.holds for c in criterion_claims(best, "theirs", "x")] == [False, True]
 
 
 def test_intervals_are_student_t():

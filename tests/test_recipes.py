@@ -162,6 +162,8 @@ def test_unusable_arguments_name_the_way_out(arguments, message, trained, refere
     [
         ({"criterion": "lrp-epsilom"}, "unknown criterion 'lrp-epsilom'; known: .*deeplift"),
         ({"pruning": "some"}, "unknown pruning 'some'; known: .*nonpositive"),
+        ({"precision": "root:alike"}, "unknown criterion 'root:alike'"),
+        ({"quantizer": "rate-distortion", "precision": "rot:fisher"}, "unknown criterion 'rot:"),
         ({"quantizer": "int"}, "unknown quantizer 'int'; known: .*rate-distortion"),
         ({"density": 0}, "density in"),
         ({"scope": "all"}, "unknown scope 'all'; known: global, layer"),
