@@ -8,6 +8,18 @@ import pandas as pd
 from scipy import stats
 
 NETWORK = ["dataset", "model"]
+TITLES = {
+    "B1": "the base network is as accurate as it is known to be",
+    "C1": "the file is 64 % smaller than the XAI baseline's",
+    "C2": "the network is 42 % more accurate than the XAI baseline's",
+    "C3": "at most one point is lost against the uncompressed network",
+    "C4": "weights with score <= 0 can go",
+    "C4s": "it is the sign of the score that finds them",
+    "C5": "more bits for higher scores make the smallest file",
+    "C6": "relevance needs no larger file than any other criterion",
+    "A1": "each ingredient of the reading that works is needed",
+}
+"""What the claims about every network are about, in all their readings."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,29 @@ def operating_points(best: pd.DataFrame) -> pd.DataFrame:
     keys = [*NETWORK, "recipe"]
     reached = best.groupby(keys, sort=False)["reached"].mean().map("{:.0%}".format)
     return summarise(best, keys).merge(reached.reset_index(), on=keys, validate="one_to_one")
+
+
+def overview(claims: pd.DataFrame) -> pd.DataFrame:
+    """Count verdicts: a row for each of ``TITLES``, a column for each network.
+
+    Parameters
+    ----------
+    claims : DataFrame
+        With columns id, where and holds; a row for each reading.
+
+    Returns
+    -------
+    DataFrame
+        id, claim, and under each network's name ``n of m``: so many of its readings hold; empty
+        where a network was not asked.
+    """
+    claims = claims[claims["id"].isin(TITLES)].replace({"where": {r"-s\d+$": ""}}, regex=True)
+    counts = claims.groupby(["id", "where"], sort=False)["holds"].agg(["sum", "size"])
+    said = counts["sum"].astype(str) + " of " + counts["size"].astype(str)
+    order = [identifier for identifier in TITLES if identifier in set(claims["id"])]
+    table = said.unstack(fill_value="").loc[order, claims["where"].unique()]
+    table.insert(0, "claim", [TITLES[identifier] for identifier in order])
+    return table.rename_axis(columns=None).reset_index()
 
 
 def removal_claims(removal: pd.DataFrame, recipe: str, reading: str) -> list[Claim]:

@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from lib.data import CACHE
-from lib.runs import ROOT, Study, write, write_json
+from lib.runs import ROOT, Study, read_claims, write, write_json
 
 FOLDER = ROOT / "notebooks"
 
@@ -136,11 +136,7 @@ def _execute(
 
 def print_claims(study: Study) -> None:
     """Print the table of claims of a profile, verdict first."""
-    rows = [
-        claim
-        for path in sorted(study.results.glob("claims-*.json"))
-        for claim in json.loads(path.read_text())
-    ]
+    rows = read_claims(study.results)
     for claim in rows:
         verdict = "holds         " if claim["holds"] else "does not hold "
         print(f"{verdict} {claim['id']:4} {claim['where']:22} {claim['claim']}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.claims import NETWORK, text
+from lib.claims import NETWORK, overview, text
 from lib.runs import ROOT, cost, read_claims, write
 
 README = ROOT / "README.md"
@@ -36,6 +36,13 @@ def claims_table(results: Path) -> str:
         cells = [_result(found.get(network), len(goals) > 1) for network in networks]
         lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
     return _markdown(lines)
+
+
+def verdicts_table(results: Path) -> str:
+    """How many readings of each claim hold, as a Markdown table with a column for each network."""
+    table = overview(pd.DataFrame(read_claims(results)))
+    head = ["", *table.columns[1:]]
+    return _markdown([head, ["-"] * len(head), *table.to_numpy().tolist()])
 
 
 def _result(claim: dict | None, with_goal: bool) -> str:
@@ -116,9 +123,9 @@ def filled(text: str, root: Path = ROOT) -> str:
     Parameters
     ----------
     text : str
-        Holds ``<!-- claims: PROFILE -->``, ``<!-- files: PROFILE -->``,
-        ``<!-- cost: PROFILE -->``, ``<!-- latency: bench -->`` or ``<!-- speed: bench -->``, then
-        ``<!-- end -->``.
+        Holds ``<!-- claims: PROFILE -->``, ``<!-- verdicts: PROFILE -->``,
+        ``<!-- files: PROFILE -->``, ``<!-- cost: PROFILE -->``, ``<!-- latency: bench -->`` or
+        ``<!-- speed: bench -->``, then ``<!-- end -->``.
     root : Path
         Folder of ``results/``.
 
@@ -129,6 +136,7 @@ def filled(text: str, root: Path = ROOT) -> str:
 
     tables = {
         "claims": claims_table,
+        "verdicts": verdicts_table,
         "files": files_table,
         "cost": cost_table,
         "latency": latency_table,

@@ -8,6 +8,7 @@ from lib.claims import (
     headline,
     interval,
     operating_points,
+    overview,
     precision_claims,
     removal_claims,
     sign_claims,
@@ -89,6 +90,15 @@ def test_precision_needs_to_beat_every_control_that_arrives():
     assert not claim.holds
     (claim,) = precision_claims(best, "never", ["ours"], "x")
     assert not claim.holds
+
+
+def test_an_overview_counts_the_readings_that_hold():
+    rows = [("C3", "a-s0", True), ("C3", "a-s0", False), ("C1", "b", True), ("Q1", "b", True)]
+    table = overview(pd.DataFrame(rows, columns=["id", "where", "holds"]))
+    assert table.drop(columns="claim").to_dict("records") == [
+        {"id": "C1", "a": "", "b": "1 of 1"},
+        {"id": "C3", "a": "1 of 2", "b": ""},
+    ]
 
 
 def test_criteria_are_compared_one_by_one():
