@@ -69,7 +69,7 @@ class Profile:
     slow: tuple[str, ...] = ()
 
 
-def _prices(steps: Iterable[int]) -> tuple[float, ...]:
+def _prices(steps: Iterable[float]) -> tuple[float, ...]:
     return tuple(10 ** (step / 4 - 3) for step in steps)
 
 
@@ -105,7 +105,7 @@ PROFILES = {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
                 "layers": (3, 3.5, 4, 5, 6),
-                "rate-distortion": _prices(range(5)),
+                "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
