@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lib.codec import Compressed
-from lib.data import load
+from lib.data import DATASETS, load
 from lib.files import write_bytes
 from lib.models import build
 from lib.quantize import uniform
@@ -66,7 +66,7 @@ SCHEDULES = {
     ("mnist", "lenet300"): Schedule(20, 0.1),
     ("mnist", "lenet5"): Schedule(20, 0.05),
     ("cifar", "resnet20"): Schedule(
-        20, 0.2, augment=True, precision="bfloat16", cycles=2, averaged=5
+        20, 0.2, augment=True, precision="bfloat16", cycles=4, averaged=5
     ),
     ("cifar", "vgg16"): Schedule(20, 0.1, augment=True, precision="bfloat16", bits=8),
 }
@@ -120,8 +120,7 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     how = schedule(dataset, model)
     name = f"{dataset}-{model}-s{seed}"
     path = _path(dataset, model, seed, folder)
-    images, labels = load(dataset, "val")
-    network = build(model, channels=images.shape[1], classes=10, seed=seed)
+    network = build(model, channels=len(DATASETS[dataset][1]), classes=10, seed=seed)
     had = _training(path)
     stages = [("cycles", cycle + 1) for cycle in range(had["cycles"], how.cycles)]
     if how.averaged and (stages or had["averaged"] < how.averaged):

@@ -28,7 +28,7 @@ from lib.files import write_bytes
 from lib.prune import density
 from lib.recipes import KNOBS, Recipe, encode, prepare, remove
 from lib.relevance import scored_weights
-from lib.train import evaluate
+from lib.train import evaluate, pick_device
 
 ROOT = Path(__file__).parents[1]
 LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
@@ -57,7 +57,7 @@ class Profile:
     kept : dict of str to tuple of float
         By model shares of weights kept, for comparing criteria; "" stands for all others.
     slow : tuple of str
-        Models that fine-tuning and ablations leave out, since they take hours there.
+        Models that ablations leave out, since they take hours there.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -230,7 +230,8 @@ class Study:
 
     def base_accuracy(self, case: Case, part: str) -> float:
         """Accuracy of a case's base network on a split, in percent; measured once."""
-        return _accuracy(self.base(case), case.dataset, part, self._state(case), code_digest())
+        network = self.base(case).to(_device())
+        return _accuracy(network, case.dataset, part, self._state(case), code_digest())
 
     def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
         """Reference images and labels of a case, drawn from its training split."""
@@ -244,8 +245,6 @@ class Study:
         per_class: int | None = None,
     ) -> pd.DataFrame:
         """Run recipes on cases; a run whose result is there is not done again.
-
-        Recipes with fine-tuning leave out the models for which the profile says so.
 
         Parameters
         ----------
@@ -275,7 +274,6 @@ class Study:
             (name, case, variant)
             for case in cases
             for name, recipe in recipes.items()
-            if not (recipe.finetune and case.model in self.profile.slow)
             for variant in self._variants(case, recipe, knobs or {})
         ]
         # Variants that differ in their knob alone share a job, equal ones of two names a run.
@@ -330,14 +328,15 @@ class Study:
 
     def _run(self, case: Case, variants: list[Recipe], per_class: int) -> None:
         torch.set_num_threads(1)
-        start = time.perf_counter()
-        model = self.base(case)
+        start, device = time.perf_counter(), _device()
+        model = self.base(case).to(device)
         train = split(case.dataset, "train")
         references = self.references(case, per_class)
         removal = variants[0].removal
         data = [*references, *(train if removal.finetune else ())]
         key = (self._state(case), _digest(data), code_digest())
-        removed = _removed(model, references, train, removal, case.seed, key)
+        working, masks = _removed(model, references, train, removal, case.seed, key)
+        removed = working.to(device), {name: mask.to(device) for name, mask in masks.items()}
         prepared = prepare(model, *references, variants[0], removed=removed)
         weights = sum(mask.numel() for mask in prepared.masks.values())
         floats = float_bytes(model)
@@ -458,7 +457,14 @@ def _accuracy(network: nn.Module, dataset: str, part: str, state: str, code: str
 
 @_memory.cache(ignore=["network", "references", "train"])
 def _removed(network, references, train, removal, seed, key):
-    return remove(network, *references, removal, train, seed)
+    working, masks = remove(network, *references, removal, train, seed)
+    return working.cpu(), {name: mask.cpu() for name, mask in masks.items()}
+
+
+def _device() -> torch.device:
+    """Where networks are run, with convolutions in float32 proper rather than TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    return pick_device()
 
 
 def float_bytes(model: nn.Module) -> int:
@@ -516,9 +522,9 @@ def cost(folder: Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        dataset, model, processor, seeds, runs and core hours (training of the base networks not
-        counted), a row for each network and kind of processor. A run shares its preparation with
-        those that differ in their knob alone; it is counted once.
+        dataset, model, processor (of a CPU its capability), seeds, runs and core hours (training
+        of the base networks not counted), a row for each network and processor. A run shares its
+        preparation with those that differ in their knob alone; it is counted once.
     """
     rows = []
     for row in read_records(folder):
@@ -526,8 +532,8 @@ def cost(folder: Path) -> pd.DataFrame:
         recipe = {k: v for k, v in where["recipe"].items() if k not in KNOBS.values()}
         job = json.dumps([row["seed"], row["per_class"], recipe, where["commit"]])
         hours = where["threads"] * where["seconds"] / 3600
-        capability = where["cpu_capability"]
-        rows.append((row["dataset"], row["model"], capability, row["seed"], job, hours))
+        processor = where["cpu_capability"] if where["device"] == "cpu" else where["device"]
+        rows.append((row["dataset"], row["model"], processor, row["seed"], job, hours))
     names = ["dataset", "model", "processor", "seed", "job", "core hours"]
     table = pd.DataFrame(rows, columns=names)
     by = ["dataset", "model", "processor"]
@@ -574,7 +580,10 @@ def code_digest() -> str:
 @cache
 def _environment() -> dict:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     return {
@@ -583,7 +592,7 @@ def _environment() -> dict:
         "code": code_digest(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

@@ -87,13 +87,6 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
     assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
 
 
-def test_fine_tuning_leaves_out_the_models_that_the_profile_names(study, monkeypatch):
-    recipes = {"even": RECIPES["uniform"], "tuned": replace(RECIPES["uniform"], finetune=1)}
-    assert study.sweep(recipes)["recipe"].tolist() == ["even", "tuned"]
-    monkeypatch.setattr(study, "profile", replace(study.profile, slow=("resnet8",)))
-    assert study.sweep(recipes)["recipe"].tolist() == ["even"]
-
-
 def test_bits_are_those_of_the_files_of_the_runs(study, monkeypatch):
     recipe = RECIPES["uniform"]
     anew = runs.bits_per_layer(study, {"even": (recipe, 3)})
@@ -141,6 +134,12 @@ def test_the_cost_counts_what_runs_share_once(study):
     assert (row["model"], row["seeds"], row["runs"]) == ("resnet8", 1, 3)
     assert row["core hours"] == pytest.approx(sum(map(max, seconds.values())) / 3600)
     assert runs.cost(study.runs / "nothing").empty
+
+
+def test_provenance_does_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    where = runs._environment.__wrapped__()
+    assert where["commit"] == "unknown" and where["packages"]["torch"]
 
 
 def test_prose_does_not_change_the_digest_of_the_code(tmp_path, monkeypatch):
