@@ -71,7 +71,7 @@ class Recipe:
     finetune : int
         Steps with labels after the last round; needs ``train``.
     optimiser : str
-        Of these steps: ``adam`` or ``sgd`` (see ``lib.train.finetune``).
+        Of these steps: a key of ``lib.train.OPTIMISERS``.
     quantizer : str
         ``tiers``: k classes of weights by score, more bits for higher scores; ``uniform``: the
         same bits for all; ``layers``: one integer width per layer by importance, k-means weight

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +56,9 @@ class Profile:
         By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
     kept : dict of str to tuple of float
         By model shares of weights kept, for comparing criteria; "" stands for all others.
+    optimisers : dict of str to str
+        By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
+        validation split.
     slow : tuple of str
         Models that ablations leave out, since they take hours there.
     """
@@ -66,6 +69,7 @@ class Profile:
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
     kept: dict[str, tuple[float, ...]]
+    optimisers: dict[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
 
 
@@ -115,6 +119,7 @@ PROFILES = {
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
+        optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
     ),
 }
@@ -243,6 +248,7 @@ class Study:
         knobs: dict[str, Iterable[float]] | None = None,
         cases: list[Case] | None = None,
         per_class: int | None = None,
+        as_given: bool = False,
     ) -> pd.DataFrame:
         """Run recipes on cases; a run whose result is there is not done again.
 
@@ -257,6 +263,8 @@ class Study:
             All of the profile's by default.
         per_class : int, optional
             Reference images of each class; the profile's by default.
+        as_given : bool
+            Keep the recipes' optimisers where the profile has another for a model.
 
         Returns
         -------
@@ -274,7 +282,9 @@ class Study:
             (name, case, variant)
             for case in cases
             for name, recipe in recipes.items()
-            for variant in self._variants(case, recipe, knobs or {})
+            for variant in self._variants(
+                case, recipe if as_given else self._own(case, recipe), knobs or {}
+            )
         ]
         # Variants that differ in their knob alone share a job, equal ones of two names a run.
         jobs: dict[tuple[Case, Recipe], dict[Path, Recipe]] = {}
@@ -305,6 +315,13 @@ class Study:
             special = self.profile.special.get(case.model, {})
             values = special.get(recipe.quantizer, knobs[recipe.quantizer])
         return [replace(recipe, **{knob: float(value)}) for value in values]
+
+    def _own(self, case: Case, recipe: Recipe) -> Recipe:
+        """The recipe with the optimiser that the profile has for a case's model."""
+        if not recipe.finetune or recipe.optimiser != Recipe.optimiser:
+            return recipe
+        own = self.profile.optimisers.get(case.model, recipe.optimiser)
+        return replace(recipe, optimiser=own)
 
     def compressed(self, case: Case, recipe: Recipe) -> Compressed:
         """The file of a run where it is still there; else the network is compressed anew."""
@@ -406,7 +423,7 @@ class Study:
         chosen = chosen[chosen["file_bytes"] <= LARGEST_KEPT]
         for row in chosen.itertuples():
             case = Case(row.dataset, row.model, row.seed)
-            recipe = recipes[row.recipe]
+            recipe = self._own(case, recipes[row.recipe])
             recipe = replace(recipe, **{KNOBS[recipe.quantizer]: row.knob})
             record = self._path(case, recipe, row.per_class)
             file = self._file(record)

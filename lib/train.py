@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 OPTIMISERS = {
     "adam": (torch.optim.Adam, 1, {}),
+    "adam-slow": (torch.optim.Adam, 0.1, {}),
     "sgd": (torch.optim.SGD, 10, {"momentum": 0.9}),  # its steps are not normalised
 }
 """Optimisers of fine-tuning, with the factor of their learning rate and their settings."""

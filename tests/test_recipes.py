@@ -167,7 +167,7 @@ def test_unusable_arguments_name_the_way_out(arguments, message, trained, refere
         ({"quantizer": "int"}, "unknown quantizer 'int'; known: .*rate-distortion"),
         ({"density": 0}, "density in"),
         ({"scope": "all"}, "unknown scope 'all'; known: global, layer"),
-        ({"optimiser": "lion"}, "unknown optimiser 'lion'; known: adam, sgd"),
+        ({"optimiser": "lion"}, "unknown optimiser 'lion'; known: adam, adam-slow, sgd"),
         ({"widths": (2, 4)}, "widths must ascend from 0"),
     ],
 )

@@ -87,6 +87,18 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
     assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
 
 
+def test_a_network_may_have_an_optimiser_of_its_own(study, monkeypatch):
+    monkeypatch.setattr(study, "profile", replace(study.profile, optimisers={"resnet8": "sgd"}))
+    tuned = replace(RECIPES["lrp-paper"], finetune=2)
+    recipes = {"own": tuned, "same": replace(tuned, optimiser="sgd"), "even": RECIPES["uniform"]}
+    own, same, _ = study.sweep(recipes)["val_accuracy"]
+    assert own == same and len(runs.read_records(study.runs)) == 2
+    study.sweep({"given": tuned}, as_given=True)
+    used = [row["provenance"]["recipe"] for row in runs.read_records(study.runs)]
+    tuners = sorted(recipe["optimiser"] for recipe in used if recipe["finetune"])
+    assert tuners == ["adam", "sgd"]
+
+
 def test_bits_are_those_of_the_files_of_the_runs(study, monkeypatch):
     recipe = RECIPES["uniform"]
     anew = runs.bits_per_layer(study, {"even": (recipe, 3)})
