@@ -264,7 +264,7 @@ def finetune(
     Raises
     ------
     ValueError
-        The data hold no batch.
+        The data hold no batch, or the weights do not stay finite.
     """
     device = next(model.parameters()).device
     masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
@@ -280,6 +280,11 @@ def finetune(
             for parameter, mask in masked:
                 parameter.mul_(mask)
     descent.zero_grad()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise ValueError(
+            f"fine-tuning with {optimiser} diverged: take another of {', '.join(OPTIMISERS)}, or a "
+            f"learning rate below {lr}"
+        )
     return model
 
 

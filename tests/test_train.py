@@ -108,6 +108,11 @@ def test_finetuning_recovers_and_keeps_removed_weights_at_zero(digits, as_loader
         assert (model.get_parameter(name)[~mask] == 0).all()
 
 
+def test_finetuning_that_diverges_is_an_error(digits):
+    with pytest.raises(ValueError, match="with sgd diverged: take another of adam, adam-slow"):
+        finetune(build("lenet300"), {}, digits, steps=20, optimiser="sgd", lr=1e12)
+
+
 def test_finetuning_on_nothing_is_an_error():
     with pytest.raises(ValueError, match="no batch"):
         finetune(build("lenet300"), {}, [], steps=1)
