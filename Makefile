@@ -1,17 +1,28 @@
 PYTHON  ?= python3
 PROFILE ?= quick
 DATASETS ?=
+SEED ?= 0
+PER_CLASS ?= 0
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+export PYTHONPATH := $(CURDIR):$(CURDIR)/notebooks$(if $(PYTHONPATH),:$(PYTHONPATH))
 ifneq ($(DATA_ROOT),)
-export DATA_ROOT := $(abspath $(DATA_ROOT))
+# not abspath, which would take a path with spaces for several
+override export DATA_ROOT := $(if $(filter /%,$(firstword $(DATA_ROOT))),$(DATA_ROOT),$(CURDIR)/$(DATA_ROOT))
 endif
 
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
+CASES = --profile "$(PROFILE)" --datasets "$(DATASETS)" --seed "$(SEED)" --per-class "$(PER_CLASS)"
+PARAMETERS = -r profile "$(PROFILE)" -r datasets "$(DATASETS)" -p seed "$(SEED)" -p per_class "$(PER_CLASS)"
+NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$(PER_CLASS)),-images$(PER_CLASS))
+EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
+PAPERMILL = $(RUN) papermill --cwd notebooks --no-progress-bar --log-level WARNING $(PARAMETERS)
+
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test types lab verify report bench notebooks lock clean
 
 help:  ## print this help
-	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder]"
+	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
 	@sed -n 's/^\([a-z]*\):[^#]*## */  \1	/p' $(MAKEFILE_LIST) | expand -t 14
 
 env: $(VENV)/.ready  ## make .venv from requirements.lock, if it is missing or outdated
@@ -20,28 +31,66 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --requirement requirements.lock
+	$(RUN) pip install --quiet --require-hashes --requirement requirements.lock
+	@$(MAKE) --no-print-directory link
+
+# xai_compression by an editable install; lib and study by a .pth file, which Python reads at start.
+link:  ## let $(VENV), also one made otherwise, import lib, study and xai_compression from here
 	$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@$(VENV)/bin/python -c 'import sys, sysconfig; \
+	  path = sysconfig.get_path("purelib") + "/xai-compression-checkout.pth"; \
+	  print(*sys.argv[1:], sep="\n", file=open(path, "w"))' "$(CURDIR)" "$(CURDIR)/notebooks"
+	@touch $(VENV)/.ready
 
 reproduce: env  ## run all notebooks, regenerate results and figures, print the table of claims
-	$(RUN) lib reproduce --profile "$(PROFILE)" --datasets "$(DATASETS)"
+	@$(RUN) study lock $(MAKE) --no-print-directory run-all
 
-test: env  ## unit tests, then the notebooks against their stored outputs, then the numbers
-	$(VENV)/bin/ruff check .
+# The later notebooks take longest and start first, so that no core waits for them at the end. In
+# the quick profile each has a core to itself, in the paper profile one after the other has them all.
+FIRST = $(patsubst %,run-%,$(shell echo $(filter-out 09-paper,$(NOTEBOOKS)) | tr ' ' '\n' | sort -r))
+ifeq ($(PROFILE),quick)
+MANY = LOKY_MAX_CPU_COUNT=1 $(MAKE) --no-print-directory --jobs=$(shell getconf _NPROCESSORS_ONLN)
+else
+MANY = $(MAKE) --no-print-directory --jobs=1
+endif
+
+run-all:
+	@trap 'echo "stopped; run again to go on"; exit 130' INT; \
+	$(RUN) study bases $(CASES) && $(MANY) $(FIRST) && $(MAKE) --no-print-directory run-09-paper && \
+	$(RUN) study claims $(CASES)
+
+run-%: env
+	@mkdir -p "$(EXECUTED)"; export STUDY_LEDGER="$$(cd "$(EXECUTED)" && pwd)/$*.written"; \
+	$(RUN) study fresh $* $(CASES); case $$? in 0) exit 0;; 1) ;; *) exit 2;; esac; \
+	rm -f "$$STUDY_LEDGER"; echo "$* ..."; \
+	$(PAPERMILL) "notebooks/$*.ipynb" "$(EXECUTED)/$*.ipynb" || { \
+	  echo "$*.ipynb stopped at the cell named above; executed copy: $(EXECUTED)/$*.ipynb"; exit 1; }; \
+	$(RUN) study stamp $* $(CASES)
+
+test: env  ## style and types, unit tests, then the notebooks against their stored outputs, then the numbers
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy lib
 	$(RUN) pytest tests --ignore tests/regression
-	RESULTS_ROOT=$(CURDIR)/.cache/nbval/results FIGURES_ROOT=$(CURDIR)/.cache/nbval/figures \
+	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" FIGURES_ROOT="$(CURDIR)/.cache/nbval/figures" \
 	  $(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
-	RESULTS_ROOT=$(CURDIR)/.cache/nbval/results $(RUN) pytest tests/regression
+	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" $(RUN) pytest tests/regression
+
+types: env  ## check the annotations of lib/
+	$(RUN) mypy lib
 
 lab: env  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab notebooks
 
 verify: env  ## decode the committed models, evaluate them and compare with the committed numbers
-	$(RUN) lib verify --profile "$(PROFILE)" --datasets "$(DATASETS)"
+	@$(RUN) study verify $(CASES)
 
 report: env  ## one HTML file of all tables, figures and claims, without code
-	$(RUN) lib report --profile "$(PROFILE)" --datasets "$(DATASETS)"
+	@mkdir -p "$(EXECUTED)"
+	@$(PAPERMILL) notebooks/09-paper.ipynb "$(EXECUTED)/report.ipynb"
+	@$(RUN) nbconvert --to html --no-input --no-prompt --embed-images --log-level WARN \
+	  --output-dir "results/$(NAME)" --output report "$(EXECUTED)/report.ipynb"
+	@echo "results/$(NAME)/report.html"
 
 bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_relevance.py
@@ -49,11 +98,14 @@ bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_export.py
 
 notebooks: env  ## store what `make reproduce` printed in the committed notebooks
-	$(RUN) lib store-outputs
+	@$(RUN) study store-outputs
 
-lock:  ## pin anew all that pyproject.toml asks for (needs uv)
-	uv pip compile --universal --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock
+lock:  ## pin anew all that pyproject.toml asks for (needs uv), and list the licences
+	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes pyproject.toml \
+	  --output-file requirements.lock
+	$(MAKE) env
+	$(VENV)/bin/python .ci/licences.py
 
 clean:  ## remove caches and executed copies; results, figures and .venv stay
-	rm -rf .cache .ruff_cache .hypothesis
+	rm -rf .cache .ruff_cache .mypy_cache .hypothesis build
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

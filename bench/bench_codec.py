@@ -23,7 +23,7 @@ import zstandard
 from safetensors.torch import load_file
 
 from lib.codec.entropy import decode, encode
-from lib.prune import keep_top
+from lib.masks import keep_top
 from lib.quantize import uniform
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/codec.csv"

@@ -23,12 +23,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lib.codec import Compressed
-from lib.export import to_onnx
-from lib.models import build, fold_batchnorm
-from lib.prune import keep_top
+from lib import Compressed
+from lib.fold import fold_batchnorm
+from lib.masks import keep_top
+from lib.onnx import to_onnx
 from lib.quantize import uniform
-from lib.runs import provenance
+from study.networks import build
+from study.records import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/export.csv"
 SHAPES = {"lenet5": (1, 28, 28), "resnet20": (3, 32, 32), "vgg16": (3, 32, 32)}

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.models import build
 from lib.relevance import weight_relevance
-from lib.runs import provenance
+from study.networks import build
+from study.records import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/relevance.csv"
 BATCH, BATCHES, REPEATS = 50, 1, 3

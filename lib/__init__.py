@@ -1,14 +1,30 @@
 """Relevance for every weight of a neural network, and compression by it.
 
-The rooms, from bottom to top; each uses only those above it in this list:
+To read first: ``compress`` (remove -> repair -> quantize -> file), then ``score`` (images to
+scores), then ``prune`` (scores to masks). The rooms, each using only those above it:
 
-- ``files``, ``data``, ``models``, ``train``, ``bases``: images, networks, how they are trained
-- ``relevance``, ``criteria``: images to scores
-- ``prune``, ``reconstruct``: scores to masks and refitted weights
-- ``quantize``, ``allocate``: scores to codes
-- ``codec``, ``export``: codes to a file and back; ONNX
-- ``recipes``: the one pipeline
-
-The experiments stand on top: ``runs``, ``claims``, ``checks``, ``plots``, ``notebooks``,
-``verify`` and ``readme``.
+- ``files``, ``codec``: codes to a checked file and back
+- ``fold``: BatchNorm folded once on entry, unfolded once at the end
+- ``relevance``, ``baselines``, ``score``: images to scores
+- ``masks``, ``prune``: scores to masks
+- ``moments``, ``leastsquares``, ``repair``, ``lockstep``, ``finetune``: what is kept is repaired
+- ``quantize``: weights, and what they matter, to codes
+- ``recipe``, ``search``, ``compress``: the one pipeline
+- ``onnx``: decoded networks for other runtimes
 """
+
+from .codec import Compressed, CompressedFileError
+from .compress import compress
+from .onnx import run_onnx, to_onnx
+from .prune import KeepFilters, KeepTop, NonPositive, Removal
+from .quantize import LayerWidths, Quantizer, RateDistortion, Sequential, Tiers, Uniform
+from .recipe import RECIPES, Recipe, Repair
+from .relevance import UnsupportedLayerError, input_relevance, unit_sensitivity, weight_relevance
+from .score import CRITERIA, Criterion
+
+__all__ = [
+    "CRITERIA", "RECIPES", "Compressed", "CompressedFileError", "Criterion", "KeepFilters",
+    "KeepTop", "LayerWidths", "NonPositive", "Quantizer", "RateDistortion", "Recipe", "Removal",
+    "Repair", "Sequential", "Tiers", "Uniform", "UnsupportedLayerError", "compress",
+    "input_relevance", "run_onnx", "to_onnx", "unit_sensitivity", "weight_relevance",
+]  # fmt: skip

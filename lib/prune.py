@@ -1,286 +1,181 @@
-"""Pruning rules: scores to masks.
+"""Pruning rules: which weights go, by which scores, in how many rounds.
 
-Scores are ``dict[str, Tensor]`` keyed by the weight's name; a mask has the same names and shapes,
-dtype bool, True = kept. All counts are exact, and ties are broken by position: of equal scores the
-earlier weight (in the order of the names, then row-major) ranks higher.
+A rule is an object that says what to remove and by which criterion: derive it from ``Removal``,
+give it ``masks``, and hand it to ``Recipe(remove=...)``.
 """
 
-import copy
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
 
-import torch
 from torch import Tensor, nn
 
-Scores = dict[str, Tensor]
-Mask = dict[str, Tensor]
+from .fold import Folded
+from .masks import Mask, check_scope, check_share, filters, intersect, keep_top, nonpositive_nearest
+from .score import By, Scores, criterion
 
 
-def nonpositive(scores: Scores) -> Mask:
-    """Remove every weight whose score is zero or negative.
+@dataclass(frozen=True)
+class Removed:
+    """A network after pruning and repair.
 
-    Parameters
+    Attributes
     ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
+    folded : Folded
+        The user's model, and how BatchNorm was folded into its layers.
+    network : nn.Module
+        The folded copy, pruned, refitted and fine-tuned; removed weights are zero.
+    masks : dict of str to Tensor
+        bool, True = kept; keyed by weight name.
+    """
 
-    Returns
-    -------
-    dict of Tensor
-        bool, True where the score is positive.
+    folded: Folded
+    network: nn.Module
+    masks: Mask
+
+    def scores(self, by: By, images: Tensor, labels: Tensor) -> Scores:
+        """Scores of the network as it is now.
+
+        Folding multiplied each row by its BatchNorm's gain; a criterion that belongs to weights
+        as trained gets it divided out.
+        """
+        chosen = criterion(by)
+        gains = self.folded.scales() if chosen.as_trained else None
+        return chosen(self.network, images, labels, gains)
+
+
+@dataclass(frozen=True)
+class Removal(ABC):
+    """A pruning rule: which weights go, by which scores, and in how many steps.
+
+    Attributes
+    ----------
+    by : str or Criterion
+        The scores that decide; a name in ``CRITERIA`` or an object.
+    rounds : int
+        Removal in this many rounds, scored anew before each.
+    layerwise : bool
+        In each round one layer after the other, scored anew and repaired in between.
 
     Raises
     ------
     ValueError
-        If there are no scores or one holds NaN.
-
-    Notes
-    -----
-    The rule is taken literally: a layer without a positive score loses all its weights, which
-    disconnects the network. :func:`emptied` names such layers.
-
-    References
-    ----------
-    Soroush, Raji, Ghavami: Compressing Deep Neural Networks Using Explainable AI,
-    arXiv:2507.05286, abstract.
+        Unknown criterion (the message lists the known ones), or no round.
     """
-    return {name: score > 0 for name, score in _checked(scores).items()}
+
+    by: By = "lrp-epsilon"
+    _: KW_ONLY
+    rounds: int = 1
+    layerwise: bool = False
+
+    def __post_init__(self) -> None:
+        criterion(self.by)
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, not {self.rounds}")
+
+    @abstractmethod
+    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+        """Decide what is kept after one round.
+
+        Parameters
+        ----------
+        scores : dict of Tensor
+            Of the network as the rounds before left it.
+        before : dict of Tensor
+            bool, what was kept so far.
+        round_ : int
+            Counted from 0.
+
+        Returns
+        -------
+        dict of Tensor
+            bool, True = kept; nothing that was removed before comes back.
+        """
 
 
-def nonpositive_nearest(scores: Scores, fraction: float, *, mask: Mask | None = None) -> Mask:
-    """Remove only the given fraction of the non-positive weights: those nearest zero.
+@dataclass(frozen=True)
+class NonPositive(Removal):
+    """The paper's rule: weights with score <= 0 go, here those nearest zero first.
 
-    Parameters
+    Attributes
     ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
     fraction : float
-        Share of the non-positive weights to remove, in [0, 1]; ranked over all layers at once.
-    mask : dict of Tensor, optional
-        bool; weights removed in earlier rounds. They stay removed and do not count: their score
-        is zero because the weight is, not because it was found unimportant.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or a mask misfits.
-
-    Notes
-    -----
-    One round of gradual removal: score, remove the nearest, refit or fine-tune, score again.
-    ``round(fraction · n)`` of the n non-positive weights go. Like :func:`nonpositive`, the rule
-    may empty a layer.
+        Share of the non-positive weights that a round removes, in [0, 1]. One round at 1 is the
+        literal rule.
     """
-    scores, fraction = _checked(scores), _fraction(fraction)
-    before = intersect(_everything(scores), mask or {})
-    flat, kept = _flat(scores), _flat({name: before[name] for name in scores})
-    candidates = ((flat <= 0) & kept).nonzero().squeeze(1)
-    nearest = _top(flat[candidates], round(fraction * len(candidates)))
-    kept[candidates[nearest]] = False
-    return intersect(before, _unflat(kept, scores))
+
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("fraction", self.fraction)
+
+    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+        """See ``nonpositive_nearest``."""
+        return nonpositive_nearest(scores, self.fraction, mask=before)
 
 
-def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
-    """Keep the given fraction of the weights, highest scores first.
+@dataclass(frozen=True)
+class KeepTop(Removal):
+    """Keep a share of the weights, highest scores first.
 
-    Parameters
+    Attributes
     ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-    fraction : float
-        Share of the weights to keep, in [0, 1].
+    density : float
+        Share kept after the last round, in (0, 1]; each round removes the same factor.
     scope : {"global", "layer"}
-        Rank all layers' weights against each other, or each layer's among themselves.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept: ``round(fraction · n)`` of the n weights ranked together.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
-
-    Notes
-    -----
-    Every layer keeps at least its best weight, because a layer without weights disconnects the
-    network; so no fewer weights are kept than there are layers.
+        Rank the weights of all layers together, or each layer's among themselves.
     """
-    scores, fraction = _checked(scores), _fraction(fraction)
-    return _keep_top(scores, fraction, scope)
+
+    by: By = "magnitude"
+    density: float = 0.5
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _density(self.density)
+        check_scope(self.scope)
+
+    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+        """See ``keep_top``."""
+        return keep_top(_among(scores, before), _reached(self, round_), scope=self.scope)
 
 
-def filters(scores: Scores, fraction: float | None = None, *, scope: str = "global") -> Mask:
-    """Remove whole filters: output channels of convolutions, by their summed score.
+@dataclass(frozen=True)
+class KeepFilters(Removal):
+    """Keep a share of each convolution's filters, and of the weights of all other layers.
 
-    Parameters
+    Attributes
     ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight; those of convolutions are
-        [out channels, in channels per group, *kernel].
-    fraction : float, optional
-        Share of the filters to keep, highest sums first; at least one in each layer. Without it,
-        filters whose summed score is zero or negative are removed, even if all of a layer's are.
-    scope : {"global", "layer"}
-        Rank all layers' filters against each other, or each layer's among themselves.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept. Weights that are not a convolution's (fewer than three dimensions) are
-        kept; :func:`intersect` joins this mask with an unstructured one for them.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
-
-    References
-    ----------
-    Sabih, Hannig, Teich: Utilizing Explainable AI for Quantization and Pruning of Deep Neural
-    Networks, arXiv:2008.09072: structured pruning of filters, unstructured of fully connected
-    layers. That a filter's importance is the sum of its weights' is our reading.
+    density : float
+        Share kept after the last round, in (0, 1]; each round removes the same factor.
     """
-    scores, fraction = _checked(scores), fraction if fraction is None else _fraction(fraction)
-    sums = {name: score.flatten(1).sum(1) for name, score in scores.items() if score.ndim > 2}
-    if fraction is None:
-        channels = {name: total > 0 for name, total in sums.items()}
-    else:
-        channels = _keep_top(sums, fraction, scope) if sums else {}
-    masks = _everything(scores)
-    for name, channel in channels.items():
-        masks[name][~channel] = False
-    return masks
+
+    by: By = "deeplift"
+    density: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _density(self.density)
+
+    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+        """See ``filters`` for convolutions and ``keep_top`` for the others."""
+        scores, density = _among(scores, before), _reached(self, round_)
+        flat = {name: score for name, score in scores.items() if score.ndim == 2}
+        unstructured = keep_top(flat, density) if flat else {}
+        return intersect(filters(scores, density, scope="layer"), unstructured)
 
 
-def intersect(*masks: Mask) -> Mask:
-    """Keep what all masks keep; a mask says nothing about names it does not hold.
-
-    Parameters
-    ----------
-    *masks : dict of Tensor
-        bool, True = kept.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, the names of all masks.
-
-    Raises
-    ------
-    ValueError
-        If masks of one name differ in shape, or are not bool.
-    """
-    joint = {}
-    for mask in masks:
-        for name, kept in mask.items():
-            _check_mask(name, kept, joint.get(name, kept).shape)
-            joint[name] = joint[name] & kept if name in joint else kept.clone()
-    return joint
+def _reached(rule: "KeepTop | KeepFilters", round_: int) -> float:
+    """Share kept after a round, so that each round removes the same factor."""
+    return rule.density ** ((round_ + 1) / rule.rounds)
 
 
-def apply(model: nn.Module, masks: Mask) -> nn.Module:
-    """Copy a model with the removed weights set to zero.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    masks : dict of Tensor
-        bool, True = kept; keyed by parameter name, shaped like the parameter.
-
-    Returns
-    -------
-    nn.Module
-        A copy; removed weights are exactly zero.
-
-    Raises
-    ------
-    ValueError
-        If a mask's name is no parameter, or its shape or dtype does not fit.
-    """
-    pruned = copy.deepcopy(model)
-    parameters = dict(pruned.named_parameters(remove_duplicate=False))
-    for name, kept in masks.items():
-        if name not in parameters:
-            raise ValueError(f"mask {name!r}: the model has no such parameter")
-        _check_mask(name, kept, parameters[name].shape)
-        parameters[name].data.masked_fill_(~kept.to(parameters[name].device), 0)
-    return pruned
+def _among(scores: Scores, kept: Mask) -> Scores:
+    """Scores of the weights still there; the others rank last."""
+    return {name: score.masked_fill(~kept[name], -math.inf) for name, score in scores.items()}
 
 
-def density(masks: Mask) -> float:
-    """Share of the weights that masks keep, in [0, 1]; 1 if there are none."""
-    total = sum(kept.numel() for kept in masks.values())
-    return sum(int(kept.sum()) for kept in masks.values()) / total if total else 1.0
-
-
-def emptied(masks: Mask) -> list[str]:
-    """Names of the layers that masks remove wholly, which disconnects most networks."""
-    return [name for name, kept in masks.items() if not kept.any()]
-
-
-def _keep_top(scores, fraction, scope):
-    if scope == "layer":
-        return {name: _top(score.reshape(-1), max(1, round(fraction * score.numel())))
-                .reshape(score.shape) for name, score in scores.items()}
-    if scope != "global":
-        raise ValueError(f"scope {scope!r} is neither 'global' nor 'layer'")
-    best = _flat({name: _top(score.reshape(-1), 1) for name, score in scores.items()})
-    flat = _flat(scores)
-    kept = best.clone()
-    kept[~best] = _top(flat[~best], round(fraction * flat.numel()) - int(best.sum()))
-    return _unflat(kept, scores)
-
-
-def _top(flat, count):
-    """Mask of the ``count`` highest of n values; of equal ones the first."""
-    if count <= 0:
-        return torch.zeros_like(flat, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
-    kept = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    kept[ties[: count - int(kept.sum())]] = True
-    return kept
-
-
-def _everything(scores):
-    return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-
-
-def _flat(tensors):
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def _unflat(flat, like):
-    parts = flat.split([tensor.numel() for tensor in like.values()])
-    return {name: part.reshape(like[name].shape)
-            for name, part in zip(like, parts, strict=True)}
-
-
-def _checked(scores):
-    if not scores:
-        raise ValueError("there are no scores to prune by")
-    for name, score in scores.items():
-        if not score.numel():
-            raise ValueError(f"scores of {name!r} are empty")
-        if score.isnan().any():
-            raise ValueError(f"scores of {name!r} hold NaN")
-    return {name: score.detach() for name, score in scores.items()}
-
-
-def _check_mask(name, kept, shape):
-    if kept.dtype != torch.bool:
-        raise ValueError(f"mask {name!r} must be bool, not {kept.dtype}")
-    if kept.shape != shape:
-        raise ValueError(f"mask {name!r} is {list(kept.shape)}, its weight {list(shape)}")
-
-
-def _fraction(fraction):
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction {fraction} is outside [0, 1]")
-    return fraction
+def _density(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"density must lie in (0, 1], not {value}")

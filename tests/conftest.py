@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from patches import LAYERS
+from torch import nn
 
-from lib.data import load, sample
-from lib.models import build
-from lib.train import fit
+from study.data import load, sample
+from study.networks import build
+from study.training import fit
 
 torch.set_num_threads(1)
 
@@ -26,3 +28,32 @@ def references(digits):
 def trained(digits):
     """A ResNet with BatchNorm, trained for a moment: not good, but not random either."""
     return fit(build("resnet8"), *digits, epochs=3, lr=0.1, batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def validation():
+    """Validation images and labels of digits."""
+    return load("digits", "val")
+
+
+@pytest.fixture(params=LAYERS)
+def layer_case(request):
+    """A layer, images for it and a mask of its weight."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[request.param]
+    layer = make()
+    return layer, torch.randn(60, *shape), torch.rand(layer.weight.shape) < 0.5
+
+
+@pytest.fixture(scope="session")
+def problem():
+    """A small network of convolutions with BatchNorm in float64, images and labels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(4, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4)),
+    ).double()
+    for moving in (model[1].running_mean, model[1].weight.data):
+        moving.uniform_(0.5, 1.5)
+    return model, torch.randn(6, 2, 8, 8).double(), torch.tensor([0, 1, 2, 3, 1, 0])

@@ -52,9 +52,11 @@ QUANTIZERS = {
     "tiers": lambda w, **k: quantize.score_tiers(w, w.abs(), **k),
     "k-means": lambda w, **k: quantize.kmeans(w, 3, **k),
     "rate-distortion": lambda w, **k: quantize.rate_distortion(
-        w, second_moment=correlated(54), step=0.05, lam=1e-4, **k),
+        w, second_moment=correlated(54), step=0.05, lam=1e-4, **k
+    ),
     "uncompensated": lambda w, **k: quantize.rate_distortion(
-        w, second_moment=correlated(54), lam=1e-4, compensate=False, **k),
+        w, second_moment=correlated(54), lam=1e-4, compensate=False, **k
+    ),
 }
 
 
@@ -96,8 +98,9 @@ def test_uniform_step_is_the_best_of_a_fine_search(bits):
 
 def test_a_step_for_each_channel_is_no_worse(weight):
     for bits in (2, 3, 4):
-        assert error(quantize.uniform(weight, bits, per_channel=True), weight) \
-            < error(quantize.uniform(weight, bits), weight)
+        assert error(quantize.uniform(weight, bits, per_channel=True), weight) < error(
+            quantize.uniform(weight, bits), weight
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,8 +149,10 @@ def test_kmeans_of_few_values_is_exact_and_of_many_is_binned():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 500)), min_size=1, max_size=8),
-       st.floats(2, 9))
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 500)), min_size=1, max_size=8),
+    st.floats(2, 9),
+)
 def test_layer_widths_meet_the_budget(layers, mean):
     importance = {str(i): value for i, (value, _) in enumerate(layers)}
     numel = {str(i): count for i, (_, count) in enumerate(layers)}
@@ -155,8 +160,11 @@ def test_layer_widths_meet_the_budget(layers, mean):
     used, total = sum(widths[name] * numel[name] for name in numel), sum(numel.values())
     assert used <= mean * total + 1e-6 and set(widths.values()) <= {2, 3, 4, 5, 6, 8}
     wider = {2: 1, 3: 1, 4: 1, 5: 1, 6: 2}
-    assert all(used + wider[width] * numel[name] > mean * total - 1e-6
-               for name, width in widths.items() if width < 8)
+    assert all(
+        used + wider[width] * numel[name] > mean * total - 1e-6
+        for name, width in widths.items()
+        if width < 8
+    )
 
 
 def test_layer_widths_follow_importance():
@@ -171,9 +179,20 @@ def test_layer_widths_follow_importance():
 
 
 def test_without_a_price_and_compensation_codes_are_rounded(weight):
-    codes = quantize.rate_distortion(weight, second_moment=correlated(54), step=0.05, lam=0,
-                                     compensate=False)
+    codes = quantize.rate_distortion(
+        weight, second_moment=correlated(54), step=0.05, lam=0, compensate=False
+    )
     assert torch.equal(codes.symbols, (weight / codes.grid).round().int())
+
+
+def test_errors_are_compensated_by_default(weight):
+    problem = dict(second_moment=correlated(54), step=0.2, lam=1e-4)
+    default, with_it, without = (
+        quantize.rate_distortion(weight, **problem, **how)
+        for how in ({}, {"compensate": True}, {"compensate": False})
+    )
+    assert torch.equal(default.symbols, with_it.symbols)
+    assert not torch.equal(default.symbols, without.symbols)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -186,14 +205,20 @@ def test_compensation_lowers_damage_and_the_objective(share, groups):
         mask, lam = torch.rand(weight.shape) < share, 0.02
         weight = weight * mask
         problem = dict(second_moment=moment, unit_weight=units, mask=mask, step=0.5)
-        exact, plain = (quantize.rate_distortion(weight, lam=0, compensate=way, **problem)
-                        for way in (True, False))
+        exact, plain = (
+            quantize.rate_distortion(weight, lam=0, compensate=way, **problem)
+            for way in (True, False)
+        )
         assert damage(exact, weight, moment, units) < 0.8 * damage(plain, weight, moment, units)
-        traded, plain = (quantize.rate_distortion(weight, lam=lam, compensate=way, **problem)
-                         for way in (True, False))
+        traded, plain = (
+            quantize.rate_distortion(weight, lam=lam, compensate=way, **problem)
+            for way in (True, False)
+        )
         assert not traded.symbols[~mask].any()
-        totals = [damage(codes, weight, moment, units) + lam * entropy(codes.symbols)
-                  for codes in (traded, plain, exact)]
+        totals = [
+            damage(codes, weight, moment, units) + lam * entropy(codes.symbols)
+            for codes in (traded, plain, exact)
+        ]
         assert totals[0] < totals[1] and totals[0] < totals[2]
 
 
@@ -215,8 +240,12 @@ def test_close_to_the_optimum_of_every_choice():
 def test_masked_errors_are_compensated():
     torch.manual_seed(0)
     weight, moment, mask = torch.randn(12, 30), correlated(30), torch.rand(12, 30) < 0.7
-    codes, plain = (quantize.rate_distortion(weight, second_moment=moment, step=0.01, lam=0,
-                                             mask=mask, compensate=way) for way in (True, False))
+    codes, plain = (
+        quantize.rate_distortion(
+            weight, second_moment=moment, step=0.01, lam=0, mask=mask, compensate=way
+        )
+        for way in (True, False)
+    )
     assert not codes.symbols[~mask].any()
     least = 0.0
     for row, gone in zip(weight.double(), ~mask, strict=True):
@@ -250,38 +279,44 @@ def test_units_that_matter_are_coded_more_exactly():
     assert not dead.symbols.any()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"second_moment": torch.eye(5)}, "second_moment is"),
-    ({"second_moment": -torch.eye(6)}, "positive semidefinite"),
-    ({"second_moment": torch.eye(6) / 0}, "not finite"),
-    ({"unit_weight": torch.ones(3)}, "unit_weight is"),
-    ({"unit_weight": -torch.ones(4)}, "negative"),
-    ({"lam": -1.0}, "lam must"),
-    ({"lam": 0.0}, "lam must be positive"),
-    ({"step": 0.0, "lam": 0.0}, "step must"),
-    ({"step": 1e-6}, "too fine"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"second_moment": torch.eye(5)}, "second_moment is"),
+        ({"second_moment": -torch.eye(6)}, "positive semidefinite"),
+        ({"second_moment": torch.eye(6) / 0}, "not finite"),
+        ({"unit_weight": torch.ones(3)}, "unit_weight is"),
+        ({"unit_weight": -torch.ones(4)}, "negative"),
+        ({"lam": -1.0}, "lam must"),
+        ({"lam": 0.0}, "lam must be positive"),
+        ({"step": 0.0, "lam": 0.0}, "step must"),
+        ({"step": 1e-6}, "too fine"),
+    ],
+)
 def test_unusable_problems(change, message):
     problem = {"second_moment": torch.eye(6), "lam": 0.1} | change
     with pytest.raises(ValueError, match=message):
         quantize.rate_distortion(torch.ones(4, 6), **problem)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((torch.zeros(2), torch.ones(1), "uniform"), "int32"),
-    ((torch.zeros(2).int(), torch.ones(1).double(), "uniform"), "float32"),
-    ((torch.zeros(2).int(), torch.ones(2), "uniform"), "one step"),
-    ((torch.zeros(2).int(), torch.tensor([0.1]), "uniform"), "float16"),
-    ((torch.zeros(2).int(), torch.tensor([math.inf]), "uniform"), "finite"),
-    ((torch.zeros(2).int(), torch.zeros(1), "uniform"), "positive"),
-    ((torch.zeros(2).int(), torch.ones(1), "row"), "kind 'row'"),
-    ((torch.zeros(2, 3).int(), torch.ones(3), "channel"), "output channels"),
-    ((torch.zeros(2).int(), torch.ones(1), "tier"), "tiers go with"),
-    ((torch.zeros(2).int(), torch.ones(1), "tier", torch.ones(2).byte()), "no step"),
-    ((torch.zeros(2).int(), torch.ones(1), "tier", torch.zeros(3).byte()), "shaped like"),
-    ((torch.zeros(2).int(), torch.ones(1), "codebook"), "must be zero"),
-    ((torch.ones(2).int() * 2, torch.tensor([0.0, 1.0]), "codebook"), "must lie in"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(2), torch.ones(1), "uniform"), "int32"),
+        ((torch.zeros(2).int(), torch.ones(1).double(), "uniform"), "float32"),
+        ((torch.zeros(2).int(), torch.ones(2), "uniform"), "one step"),
+        ((torch.zeros(2).int(), torch.tensor([0.1]), "uniform"), "float16"),
+        ((torch.zeros(2).int(), torch.tensor([math.inf]), "uniform"), "finite"),
+        ((torch.zeros(2).int(), torch.zeros(1), "uniform"), "positive"),
+        ((torch.zeros(2).int(), torch.ones(1), "row"), "kind 'row'"),
+        ((torch.zeros(2, 3).int(), torch.ones(3), "channel"), "output channels"),
+        ((torch.zeros(2).int(), torch.ones(1), "tier"), "tiers go with"),
+        ((torch.zeros(2).int(), torch.ones(1), "tier", torch.ones(2).byte()), "no step"),
+        ((torch.zeros(2).int(), torch.ones(1), "tier", torch.zeros(3).byte()), "shaped like"),
+        ((torch.zeros(2).int(), torch.ones(1), "codebook"), "must be zero"),
+        ((torch.ones(2).int() * 2, torch.tensor([0.0, 1.0]), "codebook"), "must lie in"),
+    ],
+)
 def test_codes_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         Codes(*arguments)
@@ -295,3 +330,39 @@ def test_codes_decode():
     assert Codes(symbols, steps, "tier", tiers).decode().tolist() == [[0.5, -0.5], [0, 0.75]]
     book = torch.tensor([0.0, -1.0, 4.0, 8.0])
     assert Codes(symbols.abs(), book, "codebook").decode().tolist() == [[-1, 4], [0, 8]]
+
+
+def normal_scores(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {str(i): torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("mean", [2.5, 4.0, 6.0])
+def test_tier_shares_have_the_mean_and_rank_globally(mean):
+    scores = normal_scores((40, 50), (30, 20))
+    scores["1"] += 1.0
+    masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    shares = quantize.tier_shares(scores, masks, (0, 2, 4, 8), mean)
+    total = sum(score.numel() for score in scores.values())
+    widths = torch.tensor([0.0, 2, 4, 8], dtype=torch.float64)
+    found = sum(
+        float(torch.tensor(shares[name]).double() @ widths) * score.numel() / total
+        for name, score in scores.items()
+    )
+    assert abs(found - mean) < 0.02
+    assert all(abs(sum(share) - 1) < 1e-6 and share[0] == 0 for share in shares.values())
+    assert shares["1"][3] > shares["0"][3] and shares["1"][1] < shares["0"][1]
+
+
+def test_flattest_shares_at_the_middle_are_equal():
+    scores = normal_scores((300, 100))
+    masks = {"0": torch.ones(300, 100, dtype=torch.bool)}
+    shares = quantize.tier_shares(scores, masks, (0, 2, 4, 6), 4.0)["0"]
+    assert shares == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=1e-3)
+
+
+def test_removed_weights_do_not_count():
+    scores = normal_scores((10, 10))
+    kept = scores["0"] > 0
+    shares = quantize.tier_shares(scores, {"0": kept}, (0, 2, 8), 5.0)["0"]
+    assert abs(shares[1] - 0.5) < 0.02 and abs(shares[2] - 0.5) < 0.02

@@ -25,7 +25,7 @@ from zennit.composites import (
 from zennit.layer import Sum
 from zennit.types import Activation, AvgPool, Linear
 
-from lib.models import BasicBlock, build, fold_batchnorm
+from lib.fold import fold_batchnorm
 from lib.relevance import (
     AGGREGATES,
     COMPOSITES,
@@ -40,6 +40,7 @@ from lib.relevance import (
     unit_sensitivity,
     weight_relevance,
 )
+from study.networks import BasicBlock, build
 
 CLASSES = 3
 FIRST_ONLY = ("flat", "box")

@@ -2,21 +2,21 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-import pandas as pd
-import torch
+from torch import Tensor, nn
 
-from lib.codec.container import CompressedFileError, Constant, assemble, parse, payload, shape_of
-from lib.files import write_bytes
-from lib.quantize import Codes
+from ..files import write_bytes
+from ..quantize import Codes
+from .container import CompressedFileError, Constant, Entry, assemble, parse, payload, shape_of
+from .summary import LayerSummary, Summary
 
-__all__ = ["Compressed", "CompressedFileError", "Constant"]
+__all__ = ["Compressed", "CompressedFileError", "Constant", "LayerSummary", "Summary"]
 
 
-class Compressed(Mapping):
+class Compressed(Mapping[str, Entry]):
     """A compressed model: the names of its state_dict and what is stored for each.
 
     Parameters
@@ -39,30 +39,32 @@ class Compressed(Mapping):
     Tensors are copied: training on with the model that they came from changes nothing here.
     """
 
-    def __init__(self, entries, meta=None):
+    def __init__(self, entries: Mapping[str, Entry], meta: Mapping[str, str] | None = None) -> None:
         self.meta = {str(key): str(value) for key, value in (meta or {}).items()}
-        self._entries, self._aliases, first = {}, {}, {}
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+        first: dict[object, str] = {}
         for name, entry in entries.items():
-            if not isinstance(entry, Codes | torch.Tensor | Constant):
+            if not isinstance(entry, Codes | Tensor | Constant):
                 raise ValueError(f"{name}: cannot store a {type(entry).__name__}")
             owner = first.setdefault(_identity(entry), name)
             if owner != name:
                 self._aliases[name], entry = owner, self._entries[owner]
-            elif isinstance(entry, torch.Tensor):
+            elif isinstance(entry, Tensor):
                 entry = entry.detach().cpu().clone()
             self._entries[name] = entry
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._entries)
 
     @cached_property
-    def _payloads(self):
+    def _payloads(self) -> dict[str, bytes]:
         payloads = {}
         for name, entry in self.items():
             if name not in self._aliases:
@@ -73,15 +75,15 @@ class Compressed(Mapping):
         return payloads
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Size of the file in bytes."""
         return len(self.to_bytes())
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """The file's content; ValueError for what the format cannot hold."""
         return assemble(self._entries, self._aliases, self._payloads, self.meta)
 
-    def save(self, path):
+    def save(self, path: str | Path) -> int:
         """Write the file, whole or not at all: on any error an older file stays as it was.
 
         Parameters
@@ -99,7 +101,7 @@ class Compressed(Mapping):
         return len(data)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "Compressed":
         """Read a file written by :meth:`save`.
 
         Parameters
@@ -123,29 +125,29 @@ class Compressed(Mapping):
             raise CompressedFileError(f"{path}: {error}") from error
 
     @classmethod
-    def from_bytes(cls, data):
+    def from_bytes(cls, data: bytes | bytearray) -> "Compressed":
         """Inverse of :meth:`to_bytes`; raises as :meth:`load` does."""
         return cls(*parse(bytes(data)))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         """Decoded tensors by name; tied weights are one tensor under several names."""
-        decoded = {}
+        decoded: dict[str, Tensor] = {}
         for name, entry in self.items():
             owner = self._aliases.get(name)
             decoded[name] = decoded[owner] if owner is not None else _decode(entry)
         return decoded
 
-    def to_model(self, model):
+    def to_model(self, model: nn.Module) -> nn.Module:
         """The decoded weights in the user's architecture.
 
         Parameters
         ----------
-        model : torch.nn.Module
+        model : nn.Module
             The architecture; stays as it is.
 
         Returns
         -------
-        torch.nn.Module
+        nn.Module
             A copy with all parameters and buffers from here, in the model's dtypes and on its
             device.
 
@@ -169,37 +171,43 @@ class Compressed(Mapping):
         model.load_state_dict(self.state_dict())
         return model
 
-    def summary(self):
+    def summary(self) -> Summary:
         """What each layer takes in the file.
 
         Returns
         -------
-        DataFrame
-            layer, weights, kept (decoded to other than zero), bits per weight, bytes, share of
-            the file: a row for each quantized weight and ``(rest)`` for all other entries and the
-            header. The bytes add up to the file's size.
+        Summary
+            A row for each quantized weight and ``(rest)`` for all other entries and the header;
+            the bytes add up to the file's size. Weights stored under several names count once.
         """
         layers = [name for name in self._payloads if isinstance(self[name], Codes)]
-        groups = {name: [name] for name in layers}
-        groups["(rest)"] = [name for name in self._payloads if name not in groups]
-        total, rows = self.nbytes, []
-        for label, names in groups.items():
-            size = len(self._payloads[label]) if label in layers else total
-            total -= size
-            tensors = [_decode(self[name]) for name in names]
-            weights = sum(tensor.numel() for tensor in tensors)
-            kept = sum(int(tensor.count_nonzero()) for tensor in tensors)
-            rows.append((label, weights, kept, 8 * size / weights if weights else math.nan, size))
-        table = pd.DataFrame(rows, columns=["layer", "weights", "kept", "bits per weight", "bytes"])
-        return table.assign(share=table["bytes"] / self.nbytes)
+        rest = [name for name in self._payloads if not isinstance(self[name], Codes)]
+        sizes = {name: len(self._payloads[name]) for name in layers}
+        total = self.nbytes
+        groups = [(name, [name], sizes[name]) for name in layers]
+        groups.append(("(rest)", rest, total - sum(sizes.values())))
+        rows = Summary()
+        for label, names, size in groups:
+            weights = sum(math.prod(shape_of(self[name])) for name in names)
+            kept = sum(_kept(self[name]) for name in names)
+            bits = 8 * size / weights if weights else math.nan
+            rows.append(LayerSummary(label, weights, kept, bits, size, size / total))
+        return rows
 
 
-def _decode(entry):
-    return entry.clone() if isinstance(entry, torch.Tensor) else entry.decode()
+def _decode(entry: Entry) -> Tensor:
+    return entry.clone() if isinstance(entry, Tensor) else entry.decode()
 
 
-def _identity(entry):
+def _kept(entry: Entry) -> int:
+    """How many elements decode to other than zero: without decoding, a constant may be huge."""
+    if isinstance(entry, Constant):
+        return math.prod(entry.shape) * bool(entry.value != 0)
+    return int((entry.symbols if isinstance(entry, Codes) else entry).count_nonzero())
+
+
+def _identity(entry: Entry) -> object:
     """Equal for entries that need storing once only."""
-    if not isinstance(entry, torch.Tensor) or not entry.numel():
+    if not isinstance(entry, Tensor) or not entry.numel():
         return id(entry)
     return entry.data_ptr(), entry.dtype, entry.shape, entry.stride(), entry.device

@@ -2,13 +2,19 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import constriction
 import numpy as np
+from numpy.typing import NDArray
 
-from lib.codec.bytestream import Reader, write_int
-from lib.codec.contexts import MAX_CLASSES, biclusters
-from lib.codec.priors import PRIORS, UNIT, best_prior, candidates, prior
+from .bytestream import Reader, write_int
+from .contexts import MAX_CLASSES, biclusters
+from .priors import PRIORS, UNIT, best_prior, candidates, prior
+
+Symbols = NDArray[np.int32]
+Counts = NDArray[np.int64]
 
 MAX_ALPHABET = 1 << 16
 """Most values that the symbols of one tensor may span."""
@@ -20,7 +26,7 @@ _FLOOR = 2.0**-22
 _SLACK = 128.0
 
 
-def encode(symbols, tiers=None, levels=1):
+def encode(symbols: Symbols, tiers: NDArray[np.uint8] | None = None, levels: int = 1) -> bytes:
     """Code the symbols of one tensor, and its tiers with them.
 
     Parameters
@@ -44,7 +50,7 @@ def encode(symbols, tiers=None, levels=1):
 
     Notes
     -----
-    Every block of :func:`lib.codec.contexts.biclusters` is coded in chunks by a range coder. The
+    Every block of :func:`.contexts.biclusters` is coded in chunks by a range coder. The
     probabilities are ``p(s) ∝ n(s) + a π(s)``: n counts the block's earlier chunks, π is a Student
     t of which scale, tails and weight a take one byte. All is integer arithmetic, so that every
     machine decodes alike.
@@ -71,7 +77,7 @@ def encode(symbols, tiers=None, levels=1):
     return stream.ljust(_least_bytes(symbols.size), b"\0")
 
 
-def decode(data, shape, levels=1):
+def decode(data: bytes, shape: Sequence[int], levels: int = 1) -> tuple[Symbols, NDArray[np.uint8]]:
     """Inverse of :func:`encode`.
 
     Parameters
@@ -93,18 +99,19 @@ def decode(data, shape, levels=1):
     ValueError
         If stream, shape and levels do not belong together.
     """
-    reader, count, bounds = Reader(data), math.prod(shape), []
+    reader, count, bounds, alphabet = Reader(data), math.prod(shape), [], 0
     for _ in range(levels):
-        low, width = reader.int(), reader.int()
+        low, width = reader.varint(), reader.varint()
         low = low // 2 if low % 2 == 0 else -(low + 1) // 2
-        if width > MAX_ALPHABET or not -(2**31) <= low <= 2**31 - max(width, 1):
+        alphabet += width
+        if alphabet > MAX_ALPHABET or not -(2**31) <= low <= 2**31 - max(width, 1):
             raise ValueError("symbols are stated too large")
         bounds.append((low, low + width))
     if len(data) < _least_bytes(count):
         raise ValueError("more weights are stated than were coded")
     values = _values(bounds)
-    if len(values) > MAX_ALPHABET or (count and not len(values)):
-        raise ValueError("the alphabet is stated too large or empty")
+    if count and not alphabet:
+        raise ValueError("the alphabet is stated empty")
     owners = np.repeat(np.arange(levels), [stop - low for low, stop in bounds]).astype(np.uint8)
     if not count:
         return np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
@@ -114,7 +121,7 @@ def decode(data, shape, levels=1):
     return np.full(shape, values[0], np.int32), np.full(shape, owners[0], np.uint8)
 
 
-def _encode_blocks(matrix, values):
+def _encode_blocks(matrix: Symbols, values: Counts) -> bytes:
     """Header byte, priors and words of a matrix of indices into `values`."""
     coder, classes = _Encoder(), biclusters(matrix, values)
     sizes = [1 << int(groups.max()).bit_length() for groups in classes]
@@ -136,7 +143,7 @@ def _encode_blocks(matrix, values):
     return bytes([sizes[0] << 4 | sizes[1], *codes]) + coder.finish()
 
 
-def _decode_blocks(reader, shape, values):
+def _decode_blocks(reader: Reader, shape: tuple[int, int], values: Counts) -> Symbols:
     """Inverse of `_encode_blocks`; memory grows only as blocks prove to be there."""
     sizes = divmod(reader.byte(), 16)
     if not all(size in (1, 2, 4, MAX_CLASSES) for size in sizes):
@@ -144,7 +151,7 @@ def _decode_blocks(reader, shape, values):
     codes = reader.take(sizes[0] * sizes[1])
     if max(codes) >= PRIORS:
         raise ValueError("unknown prior")
-    codes = iter(codes)
+    priors = iter(codes)
     coder = _Decoder(reader.rest())
     classes = [
         _transcode(coder, None, length, _flat(size)) if size > 1 else None
@@ -155,7 +162,7 @@ def _decode_blocks(reader, shape, values):
         for groups, length, size in zip(classes, shape, sizes, strict=True)
     )
     blocks = [
-        [_transcode(coder, None, m * n, prior(values, next(codes))).reshape(m, n) for n in widths]
+        [_transcode(coder, None, m * n, prior(values, next(priors))).reshape(m, n) for n in widths]
         for m in heights
     ]
     coder.finish()
@@ -168,7 +175,9 @@ def _decode_blocks(reader, shape, values):
     return matrix
 
 
-def _transcode(coder, symbols, count, table):
+def _transcode(
+    coder: "_Encoder | _Decoder", symbols: Symbols | None, count: int, table: Counts
+) -> Symbols:
     """Run `coder` over `count` symbols in growing chunks; the table follows what was coded."""
     parts, done = [np.zeros(0, np.int32)], 0
     while done < count:
@@ -185,17 +194,18 @@ def _transcode(coder, symbols, count, table):
 class _Encoder:
     """Range encoder, called like the decoder."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.coder = constriction.stream.queue.RangeEncoder()
 
-    def code(self, symbols, count, table):
+    def code(self, symbols: Symbols | None, count: int, table: Counts) -> Symbols:
+        assert symbols is not None
         self.coder.encode(symbols, _model(table))
         return symbols
 
-    def account(self, seen, table):
+    def account(self, seen: Counts, table: Counts) -> None:
         """All is known of what is encoded."""
 
-    def finish(self):
+    def finish(self) -> bytes:
         """The words, big-endian, without up to three zero bytes at their end."""
         data = self.coder.get_compressed().astype(">u4").tobytes()
         return data[:-3] + data[-3:].rstrip(b"\0")
@@ -204,43 +214,43 @@ class _Encoder:
 class _Decoder:
     """Range decoder that keeps account: past its data's end it would invent symbols for ever."""
 
-    def __init__(self, data):
+    def __init__(self, data: bytes) -> None:
         words = np.frombuffer(data + bytes(-len(data) % 4), dtype=">u4").astype(np.uint32)
         self.coder = constriction.stream.queue.RangeDecoder(words)
         self.stored, self.used = 8.0 * len(data), 0.0
 
-    def code(self, symbols, count, table):
+    def code(self, symbols: Symbols | None, count: int, table: Counts) -> Symbols:
         try:
             return self.coder.decode(_model(table), count)
         except AssertionError:
             raise ValueError("coded symbols are malformed") from None
 
-    def account(self, seen, table):
+    def account(self, seen: Counts, table: Counts) -> None:
         self.used -= float((seen * np.log2(table / table.sum() + _FLOOR)).sum())
         if self.used > self.stored + _SLACK:
             raise ValueError("more weights are stated than were coded")
 
-    def finish(self):
+    def finish(self) -> None:
         """Complain about data that no symbol needed."""
         if self.stored > 1.1 * self.used + _SLACK and not self.coder.maybe_exhausted():
             raise ValueError("fewer weights are stated than were coded")
 
 
-def _model(table):
+def _model(table: Counts) -> Any:
     return constriction.stream.model.Categorical(table.astype(np.float64), perfect=False)
 
 
-def _flat(size):
+def _flat(size: int) -> Counts:
     return np.full(size, UNIT // 2)
 
 
-def _values(bounds):
+def _values(bounds: list[tuple[int, int]]) -> Counts:
     return np.concatenate([np.arange(low, stop) for low, stop in bounds])
 
 
-def _matrix_shape(shape):
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def _least_bytes(count):
+def _least_bytes(count: int) -> int:
     return max(count - FREE_WEIGHTS, 0) // WEIGHTS_PER_BYTE

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 UNIT = 1 << 16
 """Pseudo-counts that make one count."""
@@ -12,7 +14,7 @@ PRIORS = _SCALES * _POWERS * len(_STRENGTHS)
 """Number of priors; a prior's code is below it."""
 
 
-def prior(values, code):
+def prior(values: NDArray[np.int64], code: int) -> NDArray[np.int64]:
     """Pseudo-counts with which the counting of a block's symbols starts.
 
     Parameters
@@ -32,7 +34,9 @@ def prior(values, code):
     return 1 + shape * (_STRENGTHS[strength] * UNIT) // int(shape.sum())
 
 
-def candidates(values, counts):
+def candidates(
+    values: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.intp], Tensor, Tensor, Tensor]:
     """All priors of a tensor, prepared for :func:`best_prior`.
 
     Parameters
@@ -48,14 +52,16 @@ def candidates(values, counts):
     """
     used = np.flatnonzero(counts)
     shapes = [_student(values, *divmod(code, _POWERS)) for code in range(_SCALES * _POWERS)]
-    shapes = np.stack([shape[used] / shape.sum() for shape in shapes])
-    alpha = np.outer(shapes, _STRENGTHS).reshape(len(shapes), len(used), -1).swapaxes(1, 2)
-    alpha = torch.from_numpy(alpha.reshape(PRIORS, len(used)))
+    shares = np.stack([shape[used] / shape.sum() for shape in shapes])
+    alphas = np.outer(shares, _STRENGTHS).reshape(len(shapes), len(used), -1).swapaxes(1, 2)
+    alpha = torch.from_numpy(alphas.reshape(PRIORS, len(used)))
     whole = torch.tensor(_STRENGTHS, dtype=torch.float64).repeat(len(shapes))
     return used, alpha, torch.lgamma(alpha), whole
 
 
-def best_prior(known, counts):
+def best_prior(
+    known: tuple[NDArray[np.intp], Tensor, Tensor, Tensor], counts: NDArray[np.int64]
+) -> int:
     """The prior under which a block's symbols take the fewest bits.
 
     Parameters
@@ -77,12 +83,12 @@ def best_prior(known, counts):
     rest next to it.
     """
     used, *priors = known
-    counts = torch.from_numpy(counts[used].astype(np.float64))
+    held = torch.from_numpy(counts[used].astype(np.float64))  # [u]
 
-    def best(codes):
+    def best(codes: slice) -> int:
         alpha, log_gamma, whole = (prior[codes] for prior in priors)
-        gain = (torch.lgamma(alpha + counts) - log_gamma).sum(1)
-        bits = torch.lgamma(whole + counts.sum()) - torch.lgamma(whole) - gain
+        gain = (torch.lgamma(alpha + held) - log_gamma).sum(1)
+        bits = torch.lgamma(whole + held.sum()) - torch.lgamma(whole) - gain
         return codes.start + int(bits.argmin()) * (codes.step or 1)
 
     variants = _POWERS * len(_STRENGTHS)
@@ -90,7 +96,7 @@ def best_prior(known, counts):
     return best(slice(max(start - variants, 0), start + 2 * variants))
 
 
-def _student(values, scale, power):
+def _student(values: NDArray[np.int64], scale: int, power: int) -> NDArray[np.int64]:
     """Integers in proportion to ``(1 + values²/s²)^-q``, s² = 4^(scale - 4), q = 2^power."""
     tails = 1 + values.astype(np.float64) ** 2 / 4.0 ** (scale - 4)
     for _ in range(power):

@@ -41,7 +41,7 @@ class Codes:
     kind: str
     tiers: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("symbols", "grid", "tiers"):
             if (tensor := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tensor.detach().cpu().contiguous())
@@ -65,7 +65,7 @@ class Codes:
         elif self.kind == "channel":
             channels = symbols.shape[0] if symbols.ndim else 0
             check(len(grid) == channels, f"{len(grid)} steps for {channels} output channels")
-        else:
+        elif tiers is not None:
             check(tiers.dtype == torch.uint8, f"tiers must be uint8, not {tiers.dtype}")
             check(tiers.shape == symbols.shape, "tiers must be shaped like the symbols")
             check(not len(tiers) or int(tiers.max()) < len(grid), "a tier has no step in the grid")
@@ -74,34 +74,36 @@ class Codes:
         """Weights, float32, shaped like the symbols; the same bits on every machine."""
         if self.kind == "codebook":
             return self.grid[self.symbols.long()]
-        if self.kind == "tier":
+        if self.tiers is not None:
             return self.symbols * self.grid[self.tiers.long()]
         return self.symbols * self.grid.reshape(-1, *[1] * (self.symbols.ndim - 1))
 
 
-def storable(step):
+def storable(step: Tensor) -> Tensor:
     """Round positive steps to float16, away from its zero and infinity."""
     return step.clamp(2.0**-24, 65504.0).half().float()
 
 
-def mask_like(weight, mask):
+def mask_like(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, checked, on the CPU; all True where there is none."""
     if mask is None:
         return torch.ones(weight.shape, dtype=torch.bool)
     check(mask.dtype == torch.bool, f"the mask must be bool, not {mask.dtype}")
-    check(mask.shape == weight.shape, f"the mask is {list(mask.shape)}, its weight "
-           f"{list(weight.shape)}")
+    check(
+        mask.shape == weight.shape,
+        f"the mask is {list(mask.shape)}, its weight {list(weight.shape)}",
+    )
     return mask.cpu()
 
 
-def kept_weight(weight, mask):
+def kept_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The weight as float32 on the CPU, masked weights zero."""
     weight = weight.detach().float().cpu()
     check(bool(weight.isfinite().all()), "the weight holds values that are not finite")
     return weight * mask_like(weight, mask)
 
 
-def check(condition, message):
+def check(condition: bool | Tensor, message: str) -> None:
     """Raise ValueError with a message unless the condition holds."""
     if not condition:
         raise ValueError(message)

@@ -1,18 +1,95 @@
 """Rate–distortion choice of codes: relevance-weighted damage against bits, errors compensated."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lib.quantize.codes import Codes, check, kept_weight, mask_like, storable
+from ..moments import input_moments
+from ..prune import Removed
+from ..score import By, criterion
+from .codes import Codes, check, kept_weight, mask_like, storable
+from .columns import cheapest, code_columns, code_lengths
+from .quantizer import Quantizer
+from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
 
 
-def rd_step(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None,
-            lam: float) -> float:
+@dataclass(frozen=True)
+class Problem:
+    """What rate-distortion weighs bits against; see ``rate_distortion``.
+
+    Attributes
+    ----------
+    moments : dict of str to Tensor
+        Covariances of the layers' inputs, whose means are left to the biases.
+    units : dict of str to Tensor
+        Weight of each output unit's squared error.
+    damage : float
+        What removing all weights would do, divided by their number.
+    """
+
+    moments: dict[str, Tensor]
+    units: dict[str, Tensor]
+    damage: float
+
+
+@dataclass(frozen=True)
+class RateDistortion(Quantizer):
+    """Codes that minimise damage at the layers' outputs + price x bits.
+
+    Attributes
+    ----------
+    by : str or Criterion
+        Weighs the squared error of each output unit, see ``Criterion.units``.
+    price : float
+        Of a bit: the damage that saving one may do, in units of what removing all weights would
+        do, divided by their number. So it means about the same for every network: near 0.01
+        weights take two bits, at 10 hardly any is left.
+    """
+
+    knob = "price"
+    settings = tuple(10 ** (step / 20 - 12) for step in range(261))
+    by: By = "lrp-epsilon/contrastive"
+    price: float = 0.01
+
+    def __post_init__(self) -> None:
+        criterion(self.by)
+        check(0 < self.price < math.inf, f"price must be positive, not {self.price}")
+
+    def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
+        """Moments, weights of the units and the unit of damage."""
+        moments = input_moments(removed.network, images, centered=True)
+        units = criterion(self.by).units(removed.network, images, labels)
+        names = sorted(removed.masks.keys() & moments.keys())
+        weights = {name: removed.network.get_parameter(name) for name in names}
+        total = sum(energy(w, moments[n], units[n]) for n, w in weights.items())
+        # A network whose outputs are all zero has no damage to measure by; any price will do.
+        damage = total / max(1, sum(weight.numel() for weight in weights.values())) or 1.0
+        return Problem(moments, units, damage)
+
+    def codes(
+        self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
+    ) -> dict[str, Codes]:
+        """See ``rate_distortion``; layers whose inputs have no known moment get eight bits."""
+        return {
+            name: rate_distortion(
+                weight,
+                second_moment=prepared.moments[name],
+                unit_weight=prepared.units[name],
+                lam=self.price * prepared.damage,
+                mask=masks[name],
+            )
+            if name in prepared.moments
+            else uniform(weight, 8, mask=masks[name])
+            for name, weight in weights.items()
+        }
+
+
+def rd_step(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None, lam: float) -> float:
     """Step of the uniform grid that suits a price of bits.
 
     Parameters
@@ -74,9 +151,16 @@ def energy(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None = N
     return float(((rows @ moment * rows).sum(2).flatten() * units).sum())
 
 
-def rate_distortion(weight: Tensor, *, second_moment: Tensor, unit_weight: Tensor | None = None,
-                    step: float | None = None, lam: float, mask: Tensor | None = None,
-                    compensate: bool = True) -> Codes:
+def rate_distortion(
+    weight: Tensor,
+    *,
+    second_moment: Tensor,
+    unit_weight: Tensor | None = None,
+    step: float | None = None,
+    lam: float,
+    mask: Tensor | None = None,
+    compensate: bool = True,
+) -> Codes:
     """Choose codes that trade the damage at the layer's output against the bits they take.
 
     Parameters
@@ -85,7 +169,7 @@ def rate_distortion(weight: Tensor, *, second_moment: Tensor, unit_weight: Tenso
         Float weights [units, ...], d = weight[0].numel().
     second_moment : Tensor
         Float [d, d], or [groups, d, d] for a grouped convolution: H of
-        ``reconstruct.input_moments``, a sum over positions and a mean over images.
+        ``lib.moments.input_moments``, a sum over positions and a mean over images.
     unit_weight : Tensor, optional
         Non-negative [units], what the squared error of an output unit at one position costs;
         relevance enters here, as the mean square of R/z. Ones by default.
@@ -145,38 +229,47 @@ def rate_distortion(weight: Tensor, *, second_moment: Tensor, unit_weight: Tenso
     kept = kept.reshape(groups, -1, inputs).mT[:, order]
     symbols, damage = scaled.round() * kept, units.reshape(groups, 1, -1) * step**2
     for turn in range(2 + SWEEPS):
-        before, bits = symbols, lam * _code_lengths(symbols, top)
+        before, bits = symbols, lam * code_lengths(symbols, top)
         if compensate:
             quadratic = factor if turn < 2 else moment
-            symbols = _code_columns(scaled, symbols, kept, quadratic, damage, bits)
+            symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits)
         else:
             energy = (moment.diagonal(dim1=1, dim2=2) - damping)[..., None]
-            symbols = _cheapest(scaled, energy * damage, bits) * kept
+            symbols = cheapest(scaled, energy * damage, bits) * kept
         if turn > 1 and (symbols != before).float().mean() < 0.01:
             break
     symbols = symbols[:, order.argsort()].mT.reshape(weight.shape).int()
     return Codes(symbols, torch.tensor([step]), "uniform")
 
 
-def _problem(weight, second_moment, unit_weight):
+def _problem(
+    weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Checked unit weights [units], second moment [groups, d, d] in the order of columns."""
     moment = second_moment.detach().float().cpu()
     moment = moment if moment.ndim == 3 else moment[None]
     inputs = weight[0].numel()
-    check(moment.ndim == 3 and moment.shape[1:] == (inputs, inputs)
-           and len(weight) % len(moment) == 0, f"second_moment is {list(second_moment.shape)}, "
-           f"the weight {list(weight.shape)} has {inputs} inputs a unit")
+    check(
+        moment.ndim == 3
+        and moment.shape[1:] == (inputs, inputs)
+        and len(weight) % len(moment) == 0,
+        f"second_moment is {list(second_moment.shape)}, "
+        f"the weight {list(weight.shape)} has {inputs} inputs a unit",
+    )
     check(bool(moment.isfinite().all()), "second_moment holds values that are not finite")
     units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach().float().cpu()
-    check(units.shape == weight.shape[:1], f"unit_weight is {list(units.shape)} for "
-           f"{len(weight)} units")
-    check(bool((units >= 0).all() & units.isfinite().all()),
-           "unit_weight is negative or not finite")
+    check(
+        units.shape == weight.shape[:1],
+        f"unit_weight is {list(units.shape)} for {len(weight)} units",
+    )
+    check(
+        bool((units >= 0).all() & units.isfinite().all()), "unit_weight is negative or not finite"
+    )
     order = moment.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
     return moment[:, order][:, :, order], units, order
 
 
-def _triangular(moment):
+def _triangular(moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Upper triangular M with M Mᵀ = H, the damped H, both [groups, d, d], and the damping."""
     damping = (DAMPING * moment.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-30)[:, None]
     damped = moment + torch.diag_embed(damping.expand(moment.shape[:2]))
@@ -185,50 +278,12 @@ def _triangular(moment):
     return factor.flip(1, 2), damped, damping
 
 
-def _rd_step(weight, factor, moment, damping, units, lam):
+def _rd_step(
+    weight: Tensor, factor: Tensor, moment: Tensor, damping: Tensor, units: Tensor, lam: float
+) -> float:
     check(0 < lam < math.inf, f"lam must be positive to derive a step, not {lam}")
     energy = factor.diagonal(dim1=1, dim2=2).square() - damping
     cost = float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
     largest = float(weight.abs().max()) or 1.0
     step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
     return float(storable(torch.tensor(min(max(step, largest / 2**14), 2.01 * largest))))
-
-
-def _code_lengths(symbols, top):
-    """Bits [2·top + 1] of the symbols −top … top by their present distribution, smoothed."""
-    counts = torch.bincount((symbols + top).long().flatten(), minlength=2 * top + 1) + 0.1
-    return -(counts / counts.sum()).log2().float()
-
-
-def _cheapest(target, damage, bits):
-    """Symbols of least damage · (target − s)² + bits, among the nearest, the next and zero."""
-    top = len(bits) // 2
-    nearest = target.round().clamp_(-top, top)
-    trials = torch.stack([nearest, nearest - nearest.sign(), torch.zeros_like(nearest)])
-    cost = damage * (target - trials).square_() + bits[(trials + top).long()]
-    return trials.gather(0, cost.argmin(0, keepdim=True)).squeeze(0)
-
-
-def _code_columns(scaled, symbols, kept, quadratic, damage, bits, block=128):
-    """Code columns [groups, d, units] in turn, errors fed forward by a quadratic form.
-
-    ``quadratic`` is M, for errors of earlier columns, or H, for errors of all others. Feedback is
-    gathered by matrix products for a block of columns, and column by column within.
-    """
-    symbols, diagonal = symbols.clone(), quadratic.diagonal(dim1=1, dim2=2)
-    coupling = quadratic / diagonal[:, None] - torch.eye(len(diagonal[0]))
-    triangular = not quadratic.tril(-1).any()
-    energy = diagonal.square() if triangular else diagonal
-    errors = scaled - symbols
-    for start in range(0, scaled.shape[1], block):
-        stop = min(start + block, scaled.shape[1])
-        past = slice(0, stop) if triangular else slice(None)
-        targets = scaled[:, start:stop] + coupling[:, past, start:stop].mT @ errors[:, past]
-        for j in range(start, stop):
-            symbol = _cheapest(targets[:, j - start], energy[:, j, None] * damage[:, 0], bits)
-            symbols[:, j] = symbol * kept[:, j]
-            error = scaled[:, j] - symbols[:, j]
-            targets[:, j - start + 1:].baddbmm_(coupling[:, j, j + 1:stop, None],
-                                                (error - errors[:, j])[:, None])
-            errors[:, j] = error
-    return symbols

@@ -1,8 +1,14 @@
 """Layer-wise relevance propagation down to every weight.
 
 The relevance of a connection is activation x weight x modified gradient, so that a score for every
-weight costs about one backward pass. See ``rules`` for the rules and ``engine`` for how a
-forward pass is followed.
+weight costs about one backward pass. Each file imports from those before it alone:
+
+1. ``rules`` (how a layer shares relevance), ``operations`` (maps linear in input and weight),
+   ``samples`` (images, labels, and the weights that are scored);
+2. ``layers``: autograd functions that carry relevance, and ``Collector``, what they report to;
+3. ``functions``, ``trace``: how the calls of a forward pass are replaced by those;
+4. ``collectors``, ``collect``: what is added up, and the run over all samples;
+5. ``deeplift``.
 """
 
 from collections.abc import Mapping
@@ -10,15 +16,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lib.models import TRANSPOSED
-from lib.relevance.data import AGGREGATES, STARTS, scored_weights
-from lib.relevance.layers import UnsupportedLayerError
-from lib.relevance.rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
-from lib.relevance.run import Run
+from ..fold import TRANSPOSED
+from .collect import Run, totals
+from .collectors import Inputs, Units
+from .layers import UnsupportedLayerError
+from .rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
+from .samples import AGGREGATES, STARTS, scored_weights
 
 __all__ = [
     "AGGREGATES", "COMPOSITES", "EPSILON", "RULES", "STARTS", "Rule", "UnsupportedLayerError",
-    "filter_relevance", "input_relevance", "scored_weights", "unit_sensitivity",
+    "filter_relevance", "input_relevance", "scored_weights", "totals", "unit_sensitivity",
     "weight_relevance",
 ]  # fmt: skip
 
@@ -89,12 +96,12 @@ def weight_relevance(
     """
     if aggregate not in AGGREGATES:
         raise ValueError(f"unknown aggregate {aggregate!r}; known: {', '.join(AGGREGATES)}")
-    run = Run(model, images, labels, rule, start, aggregate, batch_size)
-    for _ in run.batches():
-        pass
+    scores = totals(
+        model, images, labels, rule=rule, start=start, wanted=aggregate, batch_size=batch_size
+    )
     if aggregate == "rms":
-        return {name: (total / len(images)).sqrt_() for name, total in run.totals.items()}
-    return run.totals
+        return {name: (squares / len(images)).sqrt_() for name, squares in scores.items()}
+    return scores
 
 
 @torch.inference_mode(False)
@@ -127,8 +134,8 @@ def input_relevance(
     """
     if not images.is_floating_point():
         raise ValueError("integer inputs have no relevance; score the embedding's weight")
-    run = Run(model, images, labels, rule, start, "input", batch_size)
-    return torch.cat(list(run.batches())).to(images.device)
+    run = Run(Inputs, model, images, labels, rule, start, batch_size)
+    return torch.cat(run.collect().maps).to(images.device)
 
 
 @torch.inference_mode(False)
@@ -169,13 +176,7 @@ def unit_sensitivity(
     the unit, so nothing is divided; to first order an error δ of the unit moves the started
     output by ``δ R_k / z_k``.
     """
-    run = Run(model, images, labels, rule, start, "units", batch_size)
-    for _ in run.batches():
-        pass
-    return {
-        name: run.totals[name] / run.counts[name] if name in run.totals else w.new_zeros(len(w))
-        for name, w in run.weights.items()
-    }
+    return Run(Units, model, images, labels, rule, start, batch_size).collect().means()
 
 
 def filter_relevance(
@@ -196,13 +197,19 @@ def filter_relevance(
     dict of str to Tensor [outputs]
         Weight name -> sum over everything but the output channel.
     """
-    groups = {} if model is None else {
-        f"{path}.weight": layer.groups for path, layer in model.named_modules()
-        if isinstance(layer, TRANSPOSED)
-    }
+    groups = (
+        {}
+        if model is None
+        else {
+            f"{path}.weight": layer.groups
+            for path, layer in model.named_modules()
+            if isinstance(layer, TRANSPOSED)
+        }
+    )
     sums = {}
     for name, score in scores.items():
         if name in groups:
+            # [inputs, outputs / groups, ...] -> [outputs, inputs / groups, ...]
             score = score.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)
-        sums[name] = score.flatten(1).sum(1)
+        sums[name] = score.flatten(1).sum(1)  # [outputs]
     return sums

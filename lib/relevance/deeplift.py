@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lib.relevance.run import Run
+from .collect import Run
+from .collectors import Absolutes
+from .layers import Layer
 
-ACTIVATIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.tanh: nn.Tanh,
-               torch.sigmoid: nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh,
-               "sigmoid": nn.Sigmoid, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU}  # fmt: skip
+AS_MODULES = {F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.tanh: nn.Tanh,
+              torch.sigmoid: nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh,
+              "sigmoid": nn.Sigmoid, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU}  # fmt: skip
 
 
 def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -19,6 +21,8 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
 
     Raises
     ------
+    ImportError
+        Captum is not installed.
     ValueError
         The attributions do not add up to the change of the output, since Captum does not know
         some nonlinearity; also as ``lib.relevance.weight_relevance``.
@@ -35,20 +39,24 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     ----------
     Shrikumar et al. 2017, arXiv 1704.02685, eq. 3; Sabih et al. 2020, arXiv 2008.09072.
     """
-    from captum.attr import DeepLift  # here, because it takes a second to import
+    try:  # here, because it takes a second to import and is no part of the method
+        from captum.attr import DeepLift
+    except ImportError as error:
+        raise ImportError('DeepLIFT needs captum: pip install "xai-compression[study]"') from error
 
-    run = Run(_separate_activations(model), images, labels, "lrp-0", "target", "abs", ordinary=True)
-    run.paired = True
-    reference = images.mean(0, keepdim=True).to(run.device)
+    network = _separate_activations(model)
+    run = Run(Differences, network, images, labels, "lrp-0", "target", ordinary=True)
+    reference = images.mean(0, keepdim=True).to(run.device)  # [1, ...]
     explainer = DeepLift(_Traced(run))
-    for first in range(0, len(images), run.batch_size):
-        x, y = (t[first : first + run.batch_size].to(run.device) for t in (images, labels))
-        with warnings.catch_warnings(), run.collecting(len(x)):
+    for x, y in run.batches():
+        run.collector.begin(x)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            shares = explainer.attribute(x, reference.expand_as(x), target=y)
+            shares = explainer.attribute(x, reference.expand_as(x), target=y)  # like x
+        run.collector.end()
         with torch.no_grad():
-            logits = run.propagate(torch.cat([x, reference]))
-        change = (logits[:-1] - logits[-1]).gather(1, y[:, None])[:, 0]
+            logits = run.propagate(torch.cat([x, reference]))  # [batch + 1, classes]
+        change = (logits[:-1] - logits[-1]).gather(1, y[:, None])[:, 0]  # [batch]
         gap = (shares.flatten(1).sum(1) - change).abs().max()
         if gap > 1e-2 * change.abs().max() + 1e-5 * logits.abs().max():
             raise ValueError(
@@ -56,13 +64,25 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
                 "ReLU, LeakyReLU, ELU, Sigmoid, Tanh, Softplus and Softmax, as modules, and max "
                 "pooling without overlap"
             )
-    return run.totals
+    return run.collector.totals
+
+
+class Differences(Absolutes):
+    """Relevance by the difference to a reference, which a batch's second half holds."""
+
+    stacked = 2
+
+    def weight(self, layer: Layer, s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
+        s, a = (layer.by_sample(t, 2 * self.samples) for t in (s, a))
+        half = len(s) // 2
+        piece = (layer.operation, s[:half], a[:half] - a[half:], w)
+        self.pieces[layer.place].append(piece)
 
 
 class _Traced(nn.Module):
     """A model as Captum calls it: forward passes are watched by a scoring run."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run[Differences]):
         super().__init__()
         self.model, self.run = run.propagate.model, run
         for module in self.model.modules():
@@ -87,9 +107,9 @@ def _separate_activations(model: nn.Module) -> nn.Module:
         if node.op == "call_module" and not list(modules[node.target].parameters()):
             fresh = copy.deepcopy(modules[node.target]) if node.target in seen else None
             seen.add(node.target)
-        elif node.op in ("call_function", "call_method") and node.target in ACTIVATIONS:
+        elif node.op in ("call_function", "call_method") and node.target in AS_MODULES:
             extra = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-            fresh = ACTIVATIONS[node.target](**extra) if len(node.args) == 1 else None
+            fresh = AS_MODULES[node.target](**extra) if len(node.args) == 1 else None
         if fresh is not None:
             name = f"separate_activation_{number}"
             traced.add_submodule(name, fresh)

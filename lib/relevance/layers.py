@@ -1,18 +1,65 @@
 """Layers as autograd functions whose backward pass carries relevance divided by activation."""
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lib.relevance.operations import Layout, Operation
-from lib.relevance.rules import DIRECT, Rule, terms
+from .operations import Layout, Operation
+from .rules import DIRECT, Rule, terms
 
 Key = tuple[str, int | None, int | None]  # a weight's name and which of its rows
 
 
 class UnsupportedLayerError(NotImplementedError):
     """A layer or function through which relevance has no defined way."""
+
+
+class Collector(Protocol):
+    """Whoever adds up relevance, as layers and functions know it: they report, it keeps.
+
+    Subclasses inherit methods that keep nothing.
+
+    Attributes
+    ----------
+    sums : bool
+        Whether ``weight`` needs the weight gradient of a part, summed over the batch.
+    samplewise : bool
+        Whether ``weight`` needs the parts themselves, and layers their ``layout``.
+    """
+
+    sums: bool = False
+    samplewise: bool = False
+
+    def use(self, layer: "Layer", a: Tensor) -> None:
+        """A forward pass uses a weight once more, on the input ``a``; may set ``layer.layout``."""
+        return
+
+    def unit(self, layer: "Layer", g: Tensor) -> None:
+        """``R / z`` arrives at the outputs of a scored layer; ``g`` is shaped like them."""
+        return
+
+    def weight(self, layer: "Layer", s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
+        """One part of a scored weight's relevance: ``w ⊙ grad``, grad that of ``Σ s z(a, w)``.
+
+        ``s`` is shaped like the output, ``a`` like the input, ``w`` like the weight; ``grad`` is
+        None unless ``sums``.
+        """
+        return
+
+    def done(self, layer: "Layer") -> None:
+        """All parts of this use of a scored weight are reported."""
+        return
+
+    def rows(self, layer: "Layer", indices: Tensor, g: Tensor, w: Tensor) -> None:
+        """``R / z`` arrives at looked-up rows: indices [...], ``g`` and ``w`` [..., width]."""
+        return
+
+    def pixels(self, a: Tensor, relevance: Tensor) -> bool:
+        """Whether the input ``a`` is the images, whose relevance is then kept as it is."""
+        return False
 
 
 @dataclass
@@ -25,7 +72,7 @@ class Layer:
         The linear map.
     rule : Rule
         How it shares relevance.
-    sink : lib.relevance.run.Run
+    collector : Collector
         Told what arrives at units and weights.
     key : Key or None
         None for weights that are not scored.
@@ -35,9 +82,15 @@ class Layer:
 
     operation: Operation
     rule: Rule
-    sink: object
+    collector: Collector
     key: Key | None
     layout: Layout | None = (0, False)
+
+    @property
+    def place(self) -> Key:
+        """The key of a scored weight."""
+        assert self.key is not None
+        return self.key
 
     def by_sample(self, t: Tensor, samples: int) -> Tensor:
         """The same entries, those of one sample next to each other along the first axis."""
@@ -45,60 +98,55 @@ class Layer:
             return t
         if self.layout is None:
             raise UnsupportedLayerError(
-                f"relevance of {self.key[0]!r} cannot be told apart by sample, since its input is "
-                "shared or mixed; use aggregate='sum' or batch_size=1"
+                f"relevance of {self.place[0]!r} cannot be told apart by sample, since its input "
+                "is shared or mixed; use aggregate='sum' or batch_size=1"
             )
         axis, fastest = self.layout
-        t = t.movedim(axis, 0)
+        t = t.movedim(axis, 0)  # [samples · positions, ...], or positions · samples if fastest
         return t.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1) if fastest else t
 
-    def distribute(self, g, a, w, b, z, needs_input: bool) -> Tensor | None:
-        """Turn ``R / z`` of the outputs into ``R / a`` of the inputs; report to the sink."""
-        scored = self.key is not None
-        sums = scored and self.sink.sums
+    def distribute(
+        self, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor, needs_input: bool
+    ) -> Tensor | None:
+        """Turn ``R / z`` of the outputs into ``R / a`` of the inputs; report to the collector."""
+        scored, collector = self.key is not None, self.collector
+        sums = scored and collector.sums
         if scored:
-            self.sink.unit(self.key, g, self.operation)
-        if not (needs_input or sums or (scored and self.sink.samplewise)):
+            collector.unit(self, g)
+        if not (needs_input or sums or (scored and collector.samplewise)):
             return None
-        if self.sink.paired:
-            return self._distribute_pairs(g, a, w, needs_input, sums)
-        gradient = relevance = None
+        gradient: Tensor | None = None  # like a
+        relevance: Tensor | None = None  # like a
         for s, parts in terms(self.rule, self.operation, g, a, w, b, z):
-            grads = []
+            grads: list[Tensor] = []  # like a
             for a_part, w_part in parts:
-                into, weight = self.operation.backward(s, a_part, w_part, needs_input, sums)
+                into, grad = self.operation.backward(s, a_part, w_part, needs_input, sums)
                 if scored:
-                    self.sink.weight(self, s, a_part, w_part, weight)
-                grads.append(into)
-            if not needs_input:
-                continue
-            if self.rule.name in DIRECT:
-                relevance = sum(part * into for (part, _), into in zip(parts, grads, strict=True))
-                continue
-            into = grads[0] if len(grads) == 1 else torch.where(a >= 0, *grads)
-            gradient = into if gradient is None else gradient.add_(into)
+                    collector.weight(self, s, a_part, w_part, grad)
+                if into is not None:
+                    grads.append(into)
+            if grads and self.rule.name in DIRECT:
+                shares = (part * into for (part, _), into in zip(parts, grads, strict=True))
+                relevance = reduce(torch.add, shares)
+            elif grads:
+                into = grads[0] if len(grads) == 1 else torch.where(a >= 0, grads[0], grads[1])
+                gradient = into if gradient is None else gradient.add_(into)
         if scored:
-            self.sink.done(self.key)
-        return gradient if relevance is None else self.sink.direct(a, relevance)
-
-    def _distribute_pairs(self, g, a, w, needs_input: bool, sums: bool) -> Tensor | None:
-        """The same where the second half of a batch is the reference of the first (DeepLIFT)."""
-        into, _ = self.operation.backward(g, a, w, needs_input, False)
-        if self.key is not None:
-            s, pairs = (self.by_sample(t, 2 * self.sink.samples) for t in (g, a))
-            half = len(s) // 2
-            s, difference = s[:half], pairs[:half] - pairs[half:]
-            _, weight = self.operation.backward(s, difference, w, False, sums)
-            self.sink.weight(self, s, difference, w, weight)
-            self.sink.done(self.key)
-        return into
+            collector.done(self)
+        if relevance is None:
+            return gradient
+        if collector.pixels(a, relevance):
+            return None
+        return relevance / torch.where(a == 0, torch.inf, a)
 
 
 class Propagate(torch.autograd.Function):
     """A linear layer whose backward pass carries relevance divided by activation."""
 
     @staticmethod
-    def forward(ctx, a, anchor, w, b, layer):
+    def forward(
+        ctx: Any, a: Tensor, anchor: Tensor, w: Tensor, b: Tensor | None, layer: Layer
+    ) -> Tensor:
         """Ordinary output; ``anchor`` only makes autograd record the call."""
         z = layer.operation(a, w, b)
         ctx.layer = layer
@@ -106,7 +154,7 @@ class Propagate(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Modified gradient of the input."""
         a, w, b, z = ctx.saved_tensors
         into = ctx.layer.distribute(g, a, w, b, z, ctx.needs_input_grad[0])
@@ -117,13 +165,13 @@ class Activate(torch.autograd.Function):
     """An elementwise nonlinearity that relevance passes unchanged (Bach et al. 2015)."""
 
     @staticmethod
-    def forward(ctx, x, out):
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
         """The activation computed elsewhere."""
         ctx.save_for_backward(x, out)
         return out.clone()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         """``R / x = g out / x``, 0 where the input is 0."""
         x, out = ctx.saved_tensors
         return torch.mul(g, out).div_(torch.where(x == 0, torch.inf, x)), None
@@ -133,15 +181,16 @@ class Embed(torch.autograd.Function):
     """A row lookup: relevance of an entry is what arrives at it."""
 
     @staticmethod
-    def forward(ctx, indices, anchor, w, layer):
-        """Rows of the weight."""
+    def forward(ctx: Any, indices: Tensor, anchor: Tensor, w: Tensor, layer: Layer) -> Tensor:
+        """Rows of the weight [..., width]."""
         ctx.layer = layer
         ctx.save_for_backward(indices, w)
         return w[indices]
 
     @staticmethod
-    def backward(ctx, g):
-        """Report to the sink; indices have no relevance of their own here."""
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None, None]:
+        """Report to the collector; indices have no relevance of their own here."""
         indices, w = ctx.saved_tensors
-        ctx.layer.sink.rows(ctx.layer, indices, g, w[indices])
+        if ctx.layer.key is not None:
+            ctx.layer.collector.rows(ctx.layer, indices, g, w[indices])
         return None, None, None, None

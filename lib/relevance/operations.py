@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Layout = tuple[int, bool]  # axis of the samples; whether they vary fastest in it
+Piece = tuple["Operation", Tensor, Tensor, Tensor]  # one contribution: operation, s, a, w
 DEPTH = 8  # samples whose weight relevance is formed at a time
 TILE = 1 << 20  # floats of it held at a time: what caches hold
 
@@ -27,29 +29,32 @@ class Operation:
     def __call__(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return torch.convolution(a, w, b, *self.options) if self.options else F.linear(a, w, b)
 
-    def backward(self, s, a, w, needs_input: bool, needs_weight: bool):
+    def backward(
+        self, s: Tensor, a: Tensor, w: Tensor, needs_input: bool, needs_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of ``Σ s z`` for input and weight, None where not needed."""
         if self.options:
             mask = [needs_input, needs_weight, False]
             backward = torch.ops.aten.convolution_backward
             return backward(s, a, w, None, *self.options, mask)[:2]
         return (
-            s @ w if needs_input else None,
-            s.flatten(0, -2).mT @ a.flatten(0, -2) if needs_weight else None,
+            s @ w if needs_input else None,  # [..., inputs]
+            s.flatten(0, -2).mT @ a.flatten(0, -2) if needs_weight else None,  # [outputs, inputs]
         )
 
     def squares(self, a: Tensor, w: Tensor) -> Tensor:
         """Sum of the squared input of each connection, shaped to broadcast with the weight."""
         if not a.is_floating_point():  # rows of an embedding read a one
-            return torch.bincount(a.flatten(), minlength=len(w))[:, None]
+            return torch.bincount(a.flatten(), minlength=len(w))[:, None]  # [rows, 1]
         if not self.options:
-            return a.square().flatten(0, -2).sum(0)
+            return a.square().flatten(0, -2).sum(0)  # [inputs]
         if self.options[3]:
             return a.square().transpose(0, 1).flatten(1).sum(1).view(-1, *[1] * (w.dim() - 1))
-        one = w[:: len(w) // self.options[-1]]
+        one = w[:: len(w) // self.options[-1]]  # one filter of each group: [groups, ...]
         positions = torch.convolution(a.to("meta"), one.to("meta"), None, *self.options)
         ones = torch.ones_like(positions, device=a.device)
-        sums = self.backward(ones, a.square(), one, False, True)[1]
+        _, sums = self.backward(ones, a.square(), one, False, True)
+        assert sums is not None
         return sums.repeat_interleave(len(w) // len(one), 0)
 
     def columns(self, s: Tensor, a: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -77,6 +82,7 @@ class Operation:
             patches = patches.unfold(axis, gap * (k - 1) + 1, step)[..., ::gap]
             patches = patches.narrow(axis, 0, s.shape[axis])
         n, dims = len(a), len(kernel)
+        # [samples, groups, channels / groups, places..., taps...]
         patches = patches.unflatten(1, (groups, -1))
         places, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
         patches = patches.permute(0, 1, 2, *taps, *places).reshape(
@@ -85,7 +91,7 @@ class Operation:
         return s.reshape(n, groups, -1, patches.shape[-1]), patches.mT
 
 
-def per_sample(pieces: list, samples: int, power: int, total: Tensor) -> None:
+def per_sample(pieces: list[Piece], samples: int, power: int, total: Tensor) -> None:
     """Add ``Σ_n |R_n|^power`` of one batch to a total, without a loop over samples.
 
     Parameters
@@ -105,32 +111,34 @@ def per_sample(pieces: list, samples: int, power: int, total: Tensor) -> None:
     operation, s, a, w = pieces[0]
     single = len(pieces) == 1
     if single and s.dim() == 2:
-        total.addcmul_(weigh(s).mT @ weigh(a), weigh(w))
+        # |s_nk a_nj w_kj| is a product of three, so one matrix product sums it over samples
+        total.addcmul_(weigh(s).mT @ weigh(a), weigh(w))  # [outputs, inputs]
         return
     summed = torch.zeros_like(total)
     for first in range(0, samples, DEPTH):
         last = min(first + DEPTH, samples)
         matrices = [_matrices(*piece, samples, first, last) for piece in pieces]
         groups, rows, width = matrices[0][2].shape
-        out = summed.view(groups, rows, width)
+        out = summed.view(groups, rows, width)  # the weight as matrices
         height = max(1, TILE // (groups * width * DEPTH))
         for row in range(0, rows, height):
             band = slice(row, row + height)
-            tile = None
-            for left, right, w_rows in matrices:
-                product = left[:, :, band] @ right
-                if not single:
-                    product *= w_rows[:, band]
-                tile = product if tile is None else tile.add_(product)
+            products = (left[:, :, band] @ right for left, right, _ in matrices)
+            if not single:
+                weights = (w_rows[:, band] for _, _, w_rows in matrices)
+                products = (p.mul_(w_band) for p, w_band in zip(products, weights, strict=True))
+            tile = reduce(Tensor.add_, products)  # [DEPTH, groups, height, width]
             out[:, band] += (tile.abs_() if power == 1 else tile.square_()).sum(0)
     total += summed.mul_(weigh(w)) if single else summed
 
 
-def _matrices(operation: Operation, s, a, w, samples: int, first: int, last: int):
+def _matrices(
+    operation: Operation, s: Tensor, a: Tensor, w: Tensor, samples: int, first: int, last: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """``Operation.columns`` of some samples, positions of one sample side by side; the weight."""
     s, a = (t[first * len(t) // samples : last * len(t) // samples] for t in (s, a))
     left, right = operation.columns(s, a, tuple(w.shape[2:]))
-    if len(s) != last - first:
+    if len(s) != last - first:  # several rows a sample: they join its positions
         left = left.unflatten(0, (last - first, -1)).permute(0, 2, 3, 1, 4).flatten(3)
         right = right.unflatten(0, (last - first, -1)).transpose(1, 2).flatten(2, 3)
     return left, right, w.reshape(left.shape[1], left.shape[2], -1)
@@ -159,7 +167,8 @@ def find_samples(batch: Tensor, single: Tensor, samples: int) -> Layout | None:
         return None
     parts = batch.unflatten(axis, (samples, -1)), batch.unflatten(axis, (-1, samples))
     firsts = parts[0].select(axis, 0), parts[1].select(axis + 1, 0)
-    close = {"rtol": 1e-3, "atol": 1e-4 * float(single.abs().max())}
-    found = (first.shape == single.shape and torch.allclose(first, single, **close)
-             for first in firsts)  # fmt: skip
-    return next(((axis, bool(i)) for i, same in enumerate(found) if same), None)
+    atol = 1e-4 * float(single.abs().max())
+    for fastest, first in enumerate(firsts):
+        if first.shape == single.shape and torch.allclose(first, single, rtol=1e-3, atol=atol):
+            return axis, bool(fastest)
+    return None

@@ -57,7 +57,7 @@ class Rule:
     low: float | tuple[float, ...] | None = None
     high: float | tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"unknown rule {self.name!r}; known: {', '.join(known())}")
         if self.epsilon < 0 or self.gamma < 0:
@@ -81,6 +81,8 @@ COMPOSITES: dict[str, tuple[str, str, str | None]] = {
 }
 RuleLike = str | Rule | Mapping[str, str | Rule]
 Chooser = Callable[[str, bool, bool], Rule]
+Part = tuple[Tensor, Tensor]  # modified input and modified weight
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (input, weight, bias) -> output
 
 
 def known() -> tuple[str, ...]:
@@ -121,8 +123,8 @@ def chooser(rule: RuleLike) -> Chooser:
 
         return choose
     if rule in COMPOSITES:
-        dense, conv, special = (name and Rule(name) for name in COMPOSITES[rule])
-        return lambda path, convolution, first: (
+        dense, conv, special = COMPOSITES[rule]
+        return lambda path, convolution, first: Rule(
             special if first and special else conv if convolution else dense
         )
     return chooser(Rule(rule))
@@ -158,8 +160,8 @@ def share(g: Tensor, z: Tensor, denominator: Tensor, epsilon: float, sign: int =
 
 
 def terms(
-    rule: Rule, operation: Callable, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor
-) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+    rule: Rule, operation: Linear, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor
+) -> Iterator[tuple[Tensor, list[Part]]]:
     """Split a layer's relevance into modified gradients.
 
     Parameters
@@ -194,56 +196,60 @@ def terms(
         yield share(g, z, _output(operation, parts, None), rule.epsilon), parts
 
 
-def _output(operation: Callable, parts: list[tuple[Tensor, Tensor]], b: Tensor | None) -> Tensor:
-    total = operation(*parts[0], b)
+def _output(operation: Linear, parts: list[Part], b: Tensor | None) -> Tensor:
+    total = operation(*parts[0], b)  # like z
     for part in parts[1:]:
         total += operation(*part, None)
     return total
 
 
-def _signed(a: Tensor, same: Callable, opposite: Callable) -> list[tuple[Tensor, Tensor]]:
+def _signed(a: Tensor, same: Callable[[], Tensor], opposite: Callable[[], Tensor]) -> list[Part]:
     """Contributions of positive inputs with one weight and of negative ones with another."""
     if a.min() >= 0:
         return [(a, same())]
     return [(a.clamp(min=0), same()), (a.clamp(max=0), opposite())]
 
 
-def _alpha_beta(rule, operation, g, a, w, b, z):
+def _alpha_beta(
+    rule: Rule, operation: Linear, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor
+) -> Iterator[tuple[Tensor, list[Part]]]:
     up, down = partial(w.clamp, min=0), partial(w.clamp, max=0)
     parts = _signed(a, up, down)
-    positive = _output(operation, parts, None if b is None else b.clamp(min=0))
+    positive = _output(operation, parts, None if b is None else b.clamp(min=0))  # like z
     if rule.name == "zplus":
         yield share(g, z, positive, rule.epsilon, 1), parts
         return
     # what is not positive is negative: one pass less than adding it up
-    negative = torch.sub(positive, z).clamp_(min=0)
+    negative = torch.sub(positive, z).clamp_(min=0)  # like z
     yield share(g, z, positive, rule.epsilon, 1).mul_(2), parts
     del positive
     yield share(g, z, negative, rule.epsilon, 1), _signed(a, down, up)
 
 
-def _gamma(rule, operation, g, a, w, b, z):
-    def favour(tensor: Tensor | None, **side) -> Tensor | None:
-        return None if tensor is None else tensor + rule.gamma * tensor.clamp(**side)
+def _gamma(
+    rule: Rule, operation: Linear, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor
+) -> Iterator[tuple[Tensor, list[Part]]]:
+    def favour(tensor: Tensor, **side: float) -> Tensor:
+        return tensor + rule.gamma * tensor.clamp(**side)
 
     up, down = partial(favour, w, min=0), partial(favour, w, max=0)
-    for active, parts, bias in (
-        (z > 0, (a, up, down), favour(b, min=0)),
-        (z < 0, (a, down, up), favour(b, max=0)),
+    for active, same, opposite, side in (
+        (z > 0, up, down, {"min": 0.0}),
+        (z < 0, down, up, {"max": 0.0}),
     ):
-        chosen = g * active
+        chosen = g * active  # like z
         if chosen.any():
-            parts = _signed(*parts)
+            parts, bias = _signed(a, same, opposite), None if b is None else favour(b, **side)
             yield share(chosen, z, _output(operation, parts, bias), rule.epsilon), parts
 
 
-def _flat(a, w):
+def _flat(a: Tensor, w: Tensor) -> list[Part]:
     return [(torch.ones_like(a), torch.ones_like(w))]
 
 
-def _box(rule, a, w):
+def _box(rule: Rule, a: Tensor, w: Tensor) -> list[Part]:
     low, high = (torch.as_tensor(v, dtype=a.dtype, device=a.device) for v in (rule.low, rule.high))
-    if a.dim() > 2:
+    if a.dim() > 2:  # [samples, channels, ...]: one bound per channel
         low, high = (v.reshape(-1, *[1] * (a.dim() - 2)) for v in (low, high))
-    low, high = -low.expand_as(a), -high.expand_as(a)
+    low, high = -low.expand_as(a), -high.expand_as(a)  # like a
     return [(a, w), (low, w.clamp(min=0)), (high, w.clamp(max=0))]

@@ -1,14 +1,20 @@
-"""The numbers that the notebooks just wrote, against the committed ones, with tolerances.
+"""The numbers that the notebooks just wrote, against the committed ones, column by column.
 
-Processors round differently, and fine-tuning and greedy choices amplify it; a network may then
-classify a few of the 360 test images otherwise. The accuracy of a network that collapsed means
-nothing beyond that it collapsed: any rounding changes it by many points. Nor does its exact size,
-where the weights kept are those of least relevance, ranked among zeros by rounding. So networks
-that are still of use are compared closely, and collapse is compared as such.
+On the processor that wrote the committed files all columns agree exactly. Others round differently;
+fine-tuning and greedy choices amplify it, and a network may then classify a few of the 360 test
+images otherwise. How far that went between two processors (AVX-512 of two generations) is what the
+tolerances below allow, with as much again to spare; beyond it something has changed.
+
+The accuracy of a network that collapsed means nothing beyond that it collapsed: any rounding
+changes it by many points. Nor does its exact size, where the weights kept are those of least
+relevance, ranked among zeros by rounding. So rows of networks that are still of use are compared
+closely, and collapse is compared as such.
 """
 
 import json
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +23,69 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "results" / "quick"
 WRITTEN = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / "quick"
-KEYS = ["dataset", "model", "seed", "recipe", "knob"]
 TABLES = sorted(path.name for path in COMMITTED.glob("*.csv"))
+USEFUL, COLLAPSED = 10, 30  # points lost: below, all is compared; above, that it is as bad still
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Columns that are compared alike.
+
+    Attributes
+    ----------
+    names : str
+        Pattern of whole column names.
+    most : float
+        Largest difference of a row.
+    usual : float
+        Largest difference that nine tenths of a table's rows stay within.
+    relative : bool
+        Of the committed value; else as it is.
+    why : str
+        Reason for the tolerance.
+    """
+
+    names: str
+    most: float
+    usual: float
+    relative: bool
+    why: str
+
+
+KINDS = [
+    Kind(
+        "dataset|model|recipe|layer|criterion|scores|start|method|steps|seed|per_class|groups"
+        "|reached|weights|float32 bytes|stored bits|stored bytes|epochs|images per class",
+        0, 0, False, "names and counts do not depend on rounding",
+    ),
+    Kind("knob", 0, 0, False, "settings are given, not computed"),
+    Kind("base_.*|val|test", 0.6, 0.6, False,
+         "base networks are trained in float64: two of 360 images at most"),
+    Kind(".*_accuracy", 10, 2, False, "of 360 images each is 0.28 points; observed: 5 at most in a "
+         "network still of use, 0.7 in nine of ten rows, 1.9 after fine-tuning (one table of eight "
+         "rows)"),
+    Kind("density", 0.02, 0.005, True, "ties among least scores; observed: 0.7 %, 0.1 %"),
+    Kind("file_bytes|ratio|bits", 0.06, 0.03, True,
+         "follows the weights kept and their symbols; observed: 2.6 %, 1 %"),
+    Kind("score <= 0|of (negative|positive) weights, .*", 0.5, 0.5, False,
+         "shares in percent of thousands of weights; observed: equal"),
+    Kind("share", 1e-3, 1e-3, False, "conservation, computed in float64"),
+    Kind("rank correlation|(epsilon|zplus|gamma|alpha2beta1)/.*", 2e-3, 2e-3, False,
+         "ranks of hundreds of thousands of weights; observed: 6e-5"),
+    Kind("(root:|shuffled:|reversed:)?(lrp-.*|fisher|alike)", 0.25, 0.25, False,
+         "rank correlations of 12 to 36 groups of units, where one exchange counts; observed: "
+         "equal"),
+]  # fmt: skip
+
+
+def kind_of(column):
+    found = [kind for kind in KINDS if re.fullmatch(kind.names, column)]
+    assert found, f"no tolerance says how to compare the column {column!r}"
+    return found[0]
+
+
+def both(name):
+    return pd.read_csv(COMMITTED / name), pd.read_csv(WRITTEN / name)
 
 
 def test_the_notebooks_wrote_every_committed_table():
@@ -28,21 +95,33 @@ def test_the_notebooks_wrote_every_committed_table():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_agree(name):
-    committed, written = pd.read_csv(COMMITTED / name), pd.read_csv(WRITTEN / name)
+    committed, written = both(name)
     assert list(written.columns) == list(committed.columns) and len(written) == len(committed)
-    if not {"file_bytes", "test_accuracy"} <= set(committed.columns) or "smallest" in name:
-        return
-    both = committed.merge(written, on=KEYS, suffixes=("", "_now"), validate="one_to_one")
-    assert len(both) == len(committed)
-    lost = both["base_test_accuracy"] - both["test_accuracy"]
-    lost_now = both["base_test_accuracy_now"] - both["test_accuracy_now"]
-    size = (both["file_bytes_now"] / both["file_bytes"] - 1).abs()
-    useful = lost <= 10
-    assert size[useful].max() < 0.15, both.loc[size[useful].idxmax(), KEYS].to_dict()
-    assert size.max() < 1, both.loc[size.idxmax(), KEYS].to_dict()
-    moved = (lost_now - lost).abs()[useful]
-    assert len(moved) and moved.median() <= 1.0 and moved.quantile(0.9) <= 5.0
-    assert (lost_now[lost > 30] > 5).all(), both[(lost > 30) & (lost_now <= 5)][KEYS].to_dict()
+    # Of chosen files the setting is chosen by what was measured: it may be the next one.
+    chosen = name.endswith("-smallest.csv")
+    useful = pd.Series(True, committed.index)
+    if "test_accuracy" in committed:
+        lost, now = (t["base_test_accuracy"] - t["test_accuracy"] for t in (committed, written))
+        useful = lost <= USEFUL
+        gone = lost > COLLAPSED
+        assert (now[gone] > COLLAPSED / 6).all(), committed[gone & (now <= COLLAPSED / 6)]
+    if chosen:
+        useful &= committed["knob"] == written["knob"]
+        assert useful.mean() > 0.6, "most choices are the same"
+    for column in committed:
+        kind = kind_of(column)
+        exact = kind.most == 0
+        loose = chosen and column in ("knob", "reached")
+        rows = committed.index if exact and not loose else committed.index[useful]
+        then, now = committed.loc[rows, column], written.loc[rows, column]
+        if exact:
+            assert now.equals(then), (column, committed.loc[rows][now != then])
+            continue
+        moved = (now - then).abs() / (then.abs().clip(lower=1e-9) if kind.relative else 1)
+        worst = committed.loc[moved.idxmax()].to_dict() if len(moved) else {}
+        assert moved.max() <= kind.most, (column, kind.why, worst)
+        if len(moved) >= 10:
+            assert moved.quantile(0.9) <= kind.usual, (column, kind.why, worst)
 
 
 def claims(folder):
@@ -52,11 +131,54 @@ def claims(folder):
 
 def test_claims_are_the_same_sentences():
     def sentences(folder):
-        return [(c["id"], c["where"], c["claim"], c["paper"]) for c in claims(folder)]
+        return [(c["id"], c["where"], c["claim"], c["expected"]) for c in claims(folder)]
 
     assert sentences(WRITTEN) == sentences(COMMITTED) != []
 
 
-def test_few_verdicts_depend_on_the_processor():
-    pairs = list(zip(claims(WRITTEN), claims(COMMITTED), strict=True))
-    assert sum(now["holds"] == then["holds"] for now, then in pairs) >= 0.8 * len(pairs)
+SPREAD = {
+    "C1": (64, 15), "C2": (42, 20), "C3": (1, 2), "C4": (1, 3), "C4s": (1, 3), "A1": (1, 3),
+    "Q1": (10, 1), "Q2": (1, 1), "B1": (96, 0.6), "R3": (0.95, 0.002),
+}  # fmt: skip
+"""By claim its threshold, and how far from it a measured value may lie for the verdict to change.
+
+C1 in percent: a choice of the next setting moved it by 8. C2 in percent relative; C3, C4, C4s and
+A1 in points, of which 1.9 were observed, on both networks that are compared. C5 and C6 compare
+sizes of chosen files, see ``size_ratio``. R1, R2, Q3 and Y have no excuse."""
+SIZES = 1.6  # a choice of the next setting changes a file by so much
+
+
+def number(text):
+    """The number that the verdict is about: the last one in what was measured."""
+    return float(re.findall(r"-?\d+\.\d+", text.split(" % relative")[0])[-1])
+
+
+def size_ratio(text):
+    """Ours over the nearest rival's, of sizes such as ``1.0 kB (a: 2.0 kB; b: never)``."""
+    ours, *rivals = (float(size) for size in re.findall(r"(\d+\.\d) kB", text))
+    return min((max(ours / r, r / ours) for r in rivals), default=float("inf"))
+
+
+def within_spread(claim):
+    if claim["id"] in ("C5", "C6"):
+        return "kB" in claim["ours"] and size_ratio(claim["ours"]) <= SIZES
+    if claim["id"] not in SPREAD:
+        return False
+    threshold, spread = SPREAD[claim["id"]]
+    return abs(number(claim["ours"]) - threshold) <= spread
+
+
+def test_verdicts_agree_except_within_the_spread_of_their_threshold(capsys):
+    changed = [
+        (now, then)
+        for now, then in zip(claims(WRITTEN), claims(COMMITTED), strict=True)
+        if now["verdict"] != then["verdict"]
+    ]
+    with capsys.disabled():
+        print(f"\n{len(changed)} verdicts differ from the committed ones")
+        for now, then in changed:
+            print(f"  {now['id']} {now['where']}: {now['claim']}")
+            print(f"    {then['verdict']} ({then['ours']}) -> {now['verdict']} ({now['ours']})")
+    unexcused = [now for now, then in changed if not (within_spread(now) or within_spread(then))]
+    assert not unexcused, unexcused
+    assert len(changed) <= 0.2 * len(claims(COMMITTED))

@@ -1,0 +1,266 @@
+"""The one pipeline: remove -> repair -> quantize -> file, and the search for a budget.
+
+``compress`` is all that a user needs. Its stages, each visited once, are ``remove`` (BatchNorm is
+folded on entry; score, prune, repair, in rounds), ``prepare`` (what the quantizer needs, whatever
+the size) and ``encode`` (codes, biases, BatchNorm unfolded).
+"""
+
+import copy
+import warnings
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import masks as masking
+from . import repair
+from .codec import Compressed
+from .finetune import Batches, evaluate, finetune
+from .fold import fold
+from .prune import Removed
+from .recipe import RECIPES, Recipe
+from .relevance import scored_weights
+from .search import Budget, most_accurate_within, smallest_that
+
+FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network pruned and repaired, with all that its encoding needs.
+
+    Attributes
+    ----------
+    removed : Removed
+        The network and its masks.
+    details : object
+        What the recipe's quantizer computed beforehand.
+    images : Tensor
+        The reference images.
+    """
+
+    removed: Removed
+    details: Any
+    images: Tensor
+
+
+def remove(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    train: Batches | None = None,
+    seed: int = 0,
+) -> Removed:
+    """Score and prune a network, repair and fine-tune what is left.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    images, labels : Tensor
+        Reference images [N, ...] and int64 labels [N], from the training split.
+    recipe : Recipe
+        Its ``remove`` and ``repair``; how weights are stored does not matter here.
+    train : tuple of Tensor, or iterable of batches, optional
+        Training data, for recipes that fine-tune.
+    seed : int
+        Of the order in fine-tuning.
+
+    Returns
+    -------
+    Removed
+
+    Raises
+    ------
+    ValueError
+        A recipe that fine-tunes without ``train``; unusable images, labels or model (see
+        ``lib.relevance``).
+    """
+    how = recipe.repair
+    if how.finetune and train is None:
+        raise ValueError("this recipe fine-tunes: give it train=(images, labels) or a DataLoader")
+    folded = fold(model, images)
+    network = copy.deepcopy(folded.network)
+    masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in scored_weights(network).items()}
+    if rule := recipe.remove:
+        parts = [[name] for name in masks] if rule.layerwise else [list(masks)]
+        for round_, part in product(range(rule.rounds), parts):
+            scores = Removed(folded, network, masks).scores(rule.by, images, labels)
+            kept = masking.intersect(masks, rule.masks(scores, masks, round_))
+            now = {name: kept[name] for name in part}
+            masks, network = masks | now, masking.apply(network, now)
+            if how.renormalise:
+                network = repair.renormalise(folded.network, network, now, images)
+            if how.refit:
+                network = repair.refit(folded.network, network, now, images)
+    if train is not None and how.finetune:
+        network = finetune(
+            network, masks, train, steps=how.finetune, optimiser=how.optimiser, seed=seed
+        )
+    return Removed(folded, network, masks)
+
+
+def prepare(removed: Removed, images: Tensor, labels: Tensor, recipe: Recipe) -> Prepared:
+    """Compute all that the quantizer needs and that does not depend on the file's size.
+
+    Parameters
+    ----------
+    removed : Removed
+        Of ``remove``.
+    images, labels : Tensor
+        The reference images and labels.
+    recipe : Recipe
+        Its ``store``, wherever its knob stands.
+
+    Returns
+    -------
+    Prepared
+    """
+    return Prepared(removed, recipe.store.prepare(removed, images, labels), images)
+
+
+def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
+    """Quantize a prepared network, correct its biases, and unfold BatchNorm.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        Of a recipe that differs at most in its quantizer's knob.
+    recipe : Recipe
+        Its ``store``.
+
+    Returns
+    -------
+    Compressed
+    """
+    network, codes = recipe.store.store(prepared.removed, prepared.details, prepared.images)
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    biases = [name.removesuffix("weight") + "bias" for name in codes]
+    halves = {name: _half(state[name]) for name in biases if name in state}
+    return Compressed(prepared.removed.folded.unfold(state | codes | halves))
+
+
+def _half(values: Tensor) -> Tensor:
+    halved = values.half()
+    return halved if bool(halved.isfinite().all()) else values
+
+
+def compress(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: str | Recipe = "lrp-sequential",
+    train: Batches | None = None,
+    *,
+    val: tuple[Tensor, Tensor] | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    max_drop: float | None = None,
+    seed: int = 0,
+) -> Compressed:
+    """Compress a network by a recipe.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any feed-forward network that ``lib.relevance`` accepts; not changed.
+    images, labels : Tensor
+        Reference images [N, ...] and int64 labels [N], taken from the training data: 20 to 50 of
+        each class are wanted; with fewer, codes fit the few images alone.
+    recipe : str or Recipe
+        A key of ``RECIPES``, or a recipe of your own. The default is the best one without
+        training; the paper's rule taken literally is ``lrp-paper``, which destroys most networks.
+    train : tuple of Tensor, or iterable of batches, optional
+        Training data, for recipes that fine-tune.
+    val : tuple of Tensor, optional
+        Validation images and labels, for ``max_drop``.
+    bits, ratio, max_drop : float, optional
+        At most one budget, met by search over the recipe's knob on the size of the real file:
+        a file, as large as may be or up to 3 % smaller where the knob has no steps, that takes
+        at most ``bits`` per weight (all bytes of the file counted) or is at least ``ratio`` times
+        smaller than the float32 ``state_dict``; or the smallest that loses at most ``max_drop``
+        points of accuracy on ``val``.
+    seed : int
+        Of the order in fine-tuning.
+
+    Returns
+    -------
+    Compressed
+        ``save`` it, ``to_model`` it.
+
+    Warns
+    -----
+    UserWarning
+        The result loses more than ten points of accuracy on the reference images, or the model
+        itself is near chance on them.
+
+    Raises
+    ------
+    ValueError
+        Unknown recipe (the message lists the known ones), unusable input, or a budget that
+        cannot be met (the message says what can).
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        recipe = RECIPES[recipe]
+    budget = Budget.of(bits, ratio, max_drop, val)
+    prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
+    best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
+    _warn_if_ruined(model, best, images, labels)
+    return best
+
+
+def _search(
+    model: nn.Module,
+    prepared: Prepared,
+    recipe: Recipe,
+    budget: Budget,
+    val: tuple[Tensor, Tensor] | None,
+) -> Compressed:
+    tried: list[int] = []
+
+    def at(value: float) -> Compressed:
+        result = encode(prepared, recipe.at(value))
+        tried.append(result.nbytes)
+        return result
+
+    if val is not None and budget.kind == "max_drop":
+        floor = evaluate(model, *val) - budget.amount - 1e-9
+
+        def fits(result: Compressed) -> bool:
+            return evaluate(result.to_model(model), *val) >= floor
+
+        best = smallest_that(fits, at, recipe.store.settings)
+    else:
+        floats = sum(4 * value.numel() for value in model.state_dict().values())
+        weights = sum(mask.numel() for mask in prepared.removed.masks.values())
+        most = weights * budget.amount / 8 if budget.kind == "bits" else floats / budget.amount
+        best = most_accurate_within(most, at, recipe.store.settings)
+    if best is None:
+        raise ValueError(
+            f"no {recipe.store.knob} of the quantizer meets {budget.kind}={budget.amount:g}; the "
+            f"smallest file tried has {min(tried)} bytes. Prune more, or ask for less"
+        )
+    return best
+
+
+def _warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels: Tensor) -> None:
+    before = evaluate(model, images, labels)
+    after = evaluate(result.to_model(model), images, labels)
+    chance = 100 * float(labels.bincount().max()) / len(labels)
+    if before <= chance + FAR / 2 < 100:
+        warnings.warn(
+            f"the model itself is near chance on the reference images ({before:.1f} %): are they "
+            "normalised as in training, and the labels in its order?",
+            stacklevel=3,
+        )
+    elif before - after > FAR:
+        warnings.warn(
+            f"compression took the accuracy on the reference images from {before:.1f} to "
+            f"{after:.1f} %: take a gentler recipe or a larger budget",
+            stacklevel=3,
+        )

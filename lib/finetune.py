@@ -1,0 +1,153 @@
+"""Fine-tuning under a mask, and accuracy: the two uses that compression makes of labels."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OPTIMISERS = {
+    "adam": (torch.optim.Adam, 1, {}),
+    "adam-slow": (torch.optim.Adam, 0.1, {}),
+    "sgd": (torch.optim.SGD, 10, {"momentum": 0.9}),  # its steps are not normalised
+}
+"""Optimisers of fine-tuning, with the factor of their learning rate and their settings."""
+
+Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+
+
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the indices of one epoch in random order, whole batches only.
+
+    Parameters
+    ----------
+    n, size : int
+        Images, and images of a batch (all of them where fewer are there).
+    generator : torch.Generator
+        Of the order.
+
+    Yields
+    ------
+    Tensor
+        int64 [size].
+    """
+    size = min(size, n)
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]
+
+
+def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        empty = True
+        if isinstance(data, tuple):
+            images, labels = data
+            for index in batches(len(labels), batch_size, generator):
+                empty = False
+                yield images[index], labels[index]
+        else:
+            for images, labels in data:
+                empty = False
+                yield images, labels
+        if empty:
+            raise ValueError("the training data hold no batch")
+
+
+def finetune(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    data: Batches,
+    *,
+    steps: int,
+    optimiser: str = "adam",
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> nn.Module:
+    """Train the kept weights for a number of steps; the removed ones stay zero.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place, in evaluation mode (its BatchNorm is folded or fixed).
+    masks : mapping of str to Tensor
+        bool, True = kept, keyed by parameter name.
+    data : tuple of Tensor, or iterable
+        Training images [N, ...] and labels [N], drawn in random batches; or batches of them,
+        such as a ``DataLoader``, gone through again and again.
+    steps : int
+        Optimiser steps.
+    optimiser : str
+        A key of ``OPTIMISERS``. SGD with momentum may leave dead units behind where a mask removes
+        the inhibition of a layer; Adam recovers them.
+    lr : float
+        Learning rate at the start, cosine to zero; times the factor in ``OPTIMISERS``.
+    batch_size : int
+        Images of a step, where ``data`` are tensors.
+    seed : int
+        Of the order, likewise.
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        The data hold no batch, or the weights do not stay finite.
+    """
+    device = next(model.parameters()).device
+    masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
+    make, factor, settings = OPTIMISERS[optimiser]
+    descent = make(model.eval().parameters(), lr=lr * factor, **settings)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
+    for images, labels in islice(_endless(data, batch_size, seed), steps):
+        descent.zero_grad()
+        F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        descent.step()
+        schedule.step()
+        with torch.no_grad():
+            for parameter, mask in masked:
+                parameter.mul_(mask)
+    descent.zero_grad()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise ValueError(
+            f"fine-tuning with {optimiser} diverged: take another of {', '.join(OPTIMISERS)}, or a "
+            f"learning rate below {lr}"
+        )
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 100) -> float:
+    """Accuracy of a network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Evaluated in evaluation mode; its mode is put back.
+    images, labels : Tensor
+        float32 [N, C, H, W] and int64 [N].
+    batch_size : int
+        Images of a forward pass.
+
+    Returns
+    -------
+    float
+        Share of images whose largest output is their label's, in percent.
+    """
+    if len(labels) == 0:
+        raise ValueError("no images to evaluate on")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    correct = 0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
+        correct += int((model(x.to(device)).argmax(1).cpu() == y.cpu()).sum())
+    model.train(training)
+    return 100 * correct / len(labels)

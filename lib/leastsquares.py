@@ -1,0 +1,125 @@
+"""Least squares for the kept weights of all units of a layer at once."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .moments import Layer, patches_of, second_moment, units_of
+
+LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
+
+
+class Equations:
+    """Normal equations of one layer: what it reads, and what its outputs miss.
+
+    Attributes
+    ----------
+    layer : nn.Module
+        Linear, Conv1d or Conv2d; D = inputs of a unit + 1, the last of them a one for the bias.
+    gram : Tensor
+        float64 [groups, D, D], summed over images and positions.
+    missing : Tensor
+        float64 [groups, rows, D], (wanted - output) times the patches.
+    images : int
+        How many were seen.
+    """
+
+    def __init__(self, layer: Layer):
+        width = layer.weight[0].numel() + 1
+        groups = getattr(layer, "groups", 1)
+        rows = len(layer.weight) // groups
+        zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
+        self.layer, self.images = layer, 0
+        self.gram, self.missing = zeros(groups, width, width), zeros(groups, rows, width)
+
+    def add(self, inputs: Tensor, missing: Tensor, batch_size: int = 50) -> None:
+        """See more images: the layer's inputs, and what is missing in its outputs.
+
+        Summing what is missing, not what is wanted, leaves nothing large to cancel.
+        """
+        for some, few in zip(inputs.split(batch_size), missing.split(batch_size), strict=True):
+            patches = patches_of(self.layer, some)  # [groups, D, p]
+            self.gram += (patches @ patches.mT).double()
+            self.missing += (units_of(self.layer, few) @ patches.mT).double()
+        self.images += len(inputs)
+
+    def refit(self, mask: Tensor, ridge: float) -> None:
+        """Solve for the layer's kept weights and its bias, in place.
+
+        Parameters
+        ----------
+        mask : Tensor
+            bool, shaped like the weight, True = kept; the others do not change.
+        ridge : float
+            Positive; ties the weights to the present ones, relative to the mean diagonal.
+        """
+        layer, gram, missing = self.layer, self.gram.clone(), self.missing
+        groups, rows, columns = missing.shape
+        kept = mask.to(gram.device).reshape(groups, rows, -1)
+        if layer.bias is None:
+            gram, missing = gram[:, :-1, :-1], missing[..., :-1]
+        else:
+            kept = F.pad(kept, (0, 1), value=True)
+        inputs = columns - 1
+        scale = gram.diagonal(dim1=1, dim2=2)[:, :inputs].mean(1, keepdim=True)
+        gram.diagonal(dim1=1, dim2=2)[:, :inputs] += torch.where(scale > 0, ridge * scale, 1)
+        solutions = zip(gram, kept, missing * kept, strict=True)
+        change = torch.stack([_solve(*problem) for problem in solutions])  # [groups, rows, D]
+        layer.weight.data += change[..., :inputs].reshape(layer.weight.shape).to(layer.weight.dtype)
+        if layer.bias is not None:
+            layer.bias.data += change[..., -1].flatten().to(layer.bias.dtype)
+
+    def moment(self) -> Tensor:
+        """Second moment of the inputs, float64 [groups, d, d], a mean over images; see ``moments``.
+
+        The covariance where a bias takes the mean.
+        """
+        return second_moment(self.gram, self.images, centered=self.layer.bias is not None)
+
+    def outputs(self) -> Tensor:
+        """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
+        groups = len(self.gram)
+        weight = self.layer.weight.detach().double().reshape(groups, -1, self.gram.shape[-1] - 1)
+        total = (weight @ self.gram[:, :-1, -1:]).squeeze(2)
+        if self.layer.bias is None:
+            return total
+        return total + self.layer.bias.detach().double().reshape(groups, -1) * self.count
+
+    @property
+    def count(self) -> Tensor:
+        """Images times positions, float64 [groups, 1]."""
+        return self.gram[:, -1:, -1]
+
+
+def _solve(gram: Tensor, kept: Tensor, residual: Tensor) -> Tensor:
+    """Changes [rows, D] of kept weights for which the masked residual [rows, D] vanishes."""
+    change = torch.zeros_like(residual)
+    if (kept == kept[0]).all():
+        inputs = kept[0].nonzero().squeeze(1)
+        factor = torch.linalg.cholesky(gram[inputs[:, None], inputs])
+        change[:, inputs] = torch.cholesky_solve(residual[:, inputs].mT, factor).mT
+        return change
+    if len(gram) > LARGE:
+        return _conjugate_gradients(gram.float(), kept, residual.float(), 40, 3e-3).double()
+    return _conjugate_gradients(gram, kept, residual, 300)
+
+
+def _conjugate_gradients(
+    gram: Tensor, kept: Tensor, residual: Tensor, iterations: int, tolerance: float = 1e-5
+) -> Tensor:
+    """The same by conjugate gradients, preconditioned by the diagonal, all rows at once."""
+    scale, change, tiny = gram.diagonal().rsqrt(), torch.zeros_like(residual), 1e-30
+    gram, residual = gram * scale * scale[:, None], residual * scale
+    direction, energy = residual, residual.square().sum(1, keepdim=True)
+    enough = energy * tolerance**2
+    for _ in range(iterations):
+        image = direction @ gram * kept
+        step = energy / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        change, residual = change + step * direction, residual - step * image
+        before, energy = energy, residual.square().sum(1, keepdim=True)
+        if (energy <= enough).all():
+            break
+        direction = residual + energy / before.clamp(min=tiny) * direction
+    return change * scale

@@ -1,0 +1,258 @@
+"""Two networks of one architecture, the second changed layer by layer as the first goes along.
+
+Each layer of the second is changed when its inputs, those of the network as changed so far, and
+the outputs of the same layer in the first are known. One forward pass of each network does it: the
+first runs in a thread of its own and waits before every layer, so that the activations of one
+stage are held at a time, whatever the depth.
+
+Where the output of a layer ends a branch, i.e. is one of the two terms of a sum and nothing else
+reads it, the layer is changed when the other term is known as well. What it has to give is then
+the first network's sum less the other term in the second: so it takes back the drift that came
+along the shortcut. Which layers these are is found from the forward pass itself.
+"""
+
+import copy
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .moments import Layer, hooked, layers_of, ready
+
+SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+Change = Callable[[str, Layer, Tensor, Tensor, Tensor], None]
+
+
+@dataclass
+class Plan:
+    """How a forward pass goes.
+
+    Attributes
+    ----------
+    layers : list of str
+        Paths of the layers that are called exactly once, in the order of the calls.
+    branch_ends : set of str
+        Those whose output is a term of a sum and read by nothing else.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    branch_ends: set[str] = field(default_factory=set)
+
+
+def plan(model: nn.Module, images: Tensor) -> Plan:
+    """Find the layers of a network in the order of its forward pass, and where branches end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode; run once.
+    images : Tensor
+        A few images [N, ...].
+    """
+    probe = _Probe()
+    with torch.no_grad(), hooked(model, layers_of(model), probe.layer), probe:
+        model(ready(images, model))
+    calls = Counter(name for name, _ in probe.outputs)
+    found = Plan([name for name, _ in probe.outputs if calls[name] == 1])
+    sizes = {name: layers_of(model)[name].weight.numel() for name in found.layers}
+    for terms in probe.sums:
+        ends = [name for name in terms if name in sizes and probe.readers[name] == 1]
+        if ends:  # of two branches the one with more weights can take back more
+            found.branch_ends.add(max(ends, key=lambda name: sizes[name]))
+    return found
+
+
+class _Probe(TorchFunctionMode):
+    """Notes which layers' outputs are terms of sums, and who else reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[str, Tensor]] = []  # held, so that no identity is given twice
+        self.names: dict[int, str] = {}
+        self.sums: list[list[str]] = []
+        self.readers: Counter[str] = Counter()
+
+    def layer(self, name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.outputs.append((name, output))
+        self.names[id(output)] = name
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        read = [self.names[id(t)] for t in _tensors((args, kwargs or {})) if id(t) in self.names]
+        if name != "__get__":
+            self.readers.update(read)
+        if read and name in SUMS and not kwargs and _same_shape(args):
+            self.sums.append(read)
+        result = func(*args, **(kwargs or {}))
+        if args and result is args[0]:
+            self.names.pop(id(result), None)  # changed in place: no longer what the layer gave
+        return result
+
+
+def change_in_order(
+    dense: nn.Module,
+    network: nn.Module,
+    images: Tensor,
+    names: set[str],
+    change: Change,
+) -> None:
+    """Change layer after layer of a network, inputs as changed so far.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        What the network should compute; not changed.
+    network : nn.Module
+        Of the same architecture; changed in place. Both run in evaluation mode.
+    images : Tensor
+        Reference images [N, ...], all at once.
+    names : set of str
+        Paths of the layers to change; of those that the plan knows.
+    change : callable
+        ``(path, layer, inputs, output, target)``: changes the layer in place. ``output`` is what
+        it gives at present, ``target`` what it should give, both shaped alike.
+    """
+    route = plan(network, images[:2])
+    names = names & set(route.layers)
+    network.eval()
+    with _Dense(dense, images, names, route.branch_ends).started() as targets:
+        run = _Changing(network, names, route.branch_ends, targets, change)
+        with torch.no_grad(), hooked(network, names, run.layer), run:
+            network(ready(images, network))
+
+
+class _Watch(TorchFunctionMode):
+    """Sees outputs of layers, and of the sums in which branches end."""
+
+    def __init__(self, branch_ends: set[str]):
+        super().__init__()
+        self.branch_ends = branch_ends
+        self.pending: dict[int, tuple[str, Any]] = {}
+
+    def at_sum(self, name: str, held: Any, args: tuple) -> None:
+        """Called before a sum of which a pending output is a term."""
+
+    def after_sum(self, name: str, result: Tensor) -> None:
+        """Called with the sum."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        ended = None
+        if self.pending and getattr(func, "__name__", "") in SUMS:
+            ended = next((id(t) for t in _tensors(args) if id(t) in self.pending), None)
+        if ended is None:
+            return func(*args, **(kwargs or {}))
+        name, held = self.pending.pop(ended)
+        with torch._C.DisableTorchFunction():
+            self.at_sum(name, held, args)
+            result = func(*args, **(kwargs or {}))
+            self.after_sum(name, result)
+        return result
+
+
+class _Changing(_Watch):
+    """The second network's pass."""
+
+    def __init__(
+        self, network: nn.Module, names: set[str], branch_ends: set[str],
+        targets: Iterator[Tensor], change: Change,
+    ):  # fmt: skip
+        super().__init__(branch_ends)
+        self.targets, self.change = targets, change
+
+    def layer(self, name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> Any:
+        with torch._C.DisableTorchFunction():
+            if name in self.branch_ends:
+                self.pending[id(output)] = (name, (layer, inputs[0].clone(), output))
+                return None
+            self.change(name, layer, inputs[0], output, next(self.targets))
+            return layer.forward(inputs[0])
+
+    def at_sum(self, name: str, held: Any, args: tuple) -> None:
+        layer, inputs, output = held
+        (other,) = [t for t in _tensors(args) if t is not output]
+        self.change(name, layer, inputs, output, next(self.targets) - other)
+        output.copy_(layer.forward(inputs))
+
+
+class _Dense(_Watch):
+    """The first network's pass, in a thread that waits until each output is asked for."""
+
+    def __init__(self, dense: nn.Module, images: Tensor, names: set[str], branch_ends: set[str]):
+        super().__init__(branch_ends)
+        self.model, self.images, self.names = copy.deepcopy(dense).eval(), images, names
+        self.queue: queue.Queue = queue.Queue(maxsize=1)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def layer(self, name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        if name in self.branch_ends:
+            self.pending[id(output)] = (name, output)
+        else:
+            self._give(output)
+
+    def after_sum(self, name: str, result: Tensor) -> None:
+        self._give(result)
+
+    def _give(self, value: Any) -> None:
+        value = value.clone() if isinstance(value, Tensor) else value  # may be changed in place
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(value, timeout=0.5)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad(), hooked(self.model, self.names, self.layer), self:
+                self.model(ready(self.images, self.model))
+        except _Stopped:
+            return
+        except BaseException as error:  # handed to whoever waits for an output
+            self._give(error)
+
+    @contextmanager
+    def started(self) -> Iterator[Iterator[Tensor]]:
+        self.thread.start()
+        try:
+            yield iter(self._next, None)
+        finally:
+            self.stopped.set()
+            self.thread.join()
+
+    def _next(self) -> Tensor:
+        value = self.queue.get()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+
+class _Stopped(Exception):
+    """Ends a pass that nobody waits for any more."""
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _same_shape(args: tuple) -> bool:
+    shapes = [t.shape for t in _tensors(args)]
+    return len(shapes) == 2 and shapes[0] == shapes[1]

@@ -1,0 +1,298 @@
+"""Masks: which weights are kept, made from scores, joined, counted and applied.
+
+Scores are ``dict[str, Tensor]`` keyed by the weight's name; a mask has the same names and shapes,
+dtype bool, True = kept. All counts are exact, and ties are broken by position: of equal scores the
+earlier weight (in the order of the names, then row-major) ranks higher.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .score import Scores
+
+Mask = dict[str, Tensor]
+
+
+def nonpositive(scores: Scores) -> Mask:
+    """Remove every weight whose score is zero or negative.
+
+    Parameters
+    ----------
+    scores : dict of Tensor
+        Real scores, each shaped like its weight.
+
+    Returns
+    -------
+    dict of Tensor
+        bool, True where the score is positive.
+
+    Raises
+    ------
+    ValueError
+        If there are no scores or one holds NaN.
+
+    Notes
+    -----
+    The rule is taken literally: a layer without a positive score loses all its weights, which
+    disconnects the network. :func:`emptied` names such layers.
+
+    References
+    ----------
+    Soroush, Raji, Ghavami: Compressing Deep Neural Networks Using Explainable AI,
+    arXiv:2507.05286, abstract.
+    """
+    return {name: score > 0 for name, score in _checked(scores).items()}
+
+
+def nonpositive_nearest(scores: Scores, fraction: float, *, mask: Mask | None = None) -> Mask:
+    """Remove only the given fraction of the non-positive weights: those nearest zero.
+
+    Parameters
+    ----------
+    scores : dict of Tensor
+        Real scores, each shaped like its weight.
+    fraction : float
+        Share of the non-positive weights to remove, in [0, 1]; ranked over all layers at once.
+    mask : dict of Tensor, optional
+        bool; weights removed in earlier rounds. They stay removed and do not count: their score
+        is zero because the weight is, not because it was found unimportant.
+
+    Returns
+    -------
+    dict of Tensor
+        bool, True = kept.
+
+    Raises
+    ------
+    ValueError
+        If there are no scores, one holds NaN, the fraction is outside [0, 1] or a mask misfits.
+
+    Notes
+    -----
+    One round of gradual removal: score, remove the nearest, refit or fine-tune, score again.
+    ``round(fraction · n)`` of the n non-positive weights go. Like :func:`nonpositive`, the rule
+    may empty a layer.
+    """
+    scores, fraction = _checked(scores), check_share("fraction", fraction)
+    before = intersect(_everything(scores), mask or {})
+    flat, kept = _flat(scores), _flat({name: before[name] for name in scores})
+    candidates = ((flat <= 0) & kept).nonzero().squeeze(1)
+    nearest = _top(flat[candidates], round(fraction * len(candidates)))
+    kept[candidates[nearest]] = False
+    return intersect(before, _unflat(kept, scores))
+
+
+def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
+    """Keep the given fraction of the weights, highest scores first.
+
+    Parameters
+    ----------
+    scores : dict of Tensor
+        Real scores, each shaped like its weight.
+    fraction : float
+        Share of the weights to keep, in [0, 1].
+    scope : {"global", "layer"}
+        Rank all layers' weights against each other, or each layer's among themselves.
+
+    Returns
+    -------
+    dict of Tensor
+        bool, True = kept: ``round(fraction · n)`` of the n weights ranked together.
+
+    Raises
+    ------
+    ValueError
+        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
+
+    Notes
+    -----
+    Every layer keeps at least its best weight, because a layer without weights disconnects the
+    network; so no fewer weights are kept than there are layers.
+    """
+    scores, fraction = _checked(scores), check_share("fraction", fraction)
+    return _keep_top(scores, fraction, scope)
+
+
+def filters(scores: Scores, fraction: float | None = None, *, scope: str = "global") -> Mask:
+    """Remove whole filters: output channels of convolutions, by their summed score.
+
+    Parameters
+    ----------
+    scores : dict of Tensor
+        Real scores, each shaped like its weight; those of convolutions are
+        [out channels, in channels per group, *kernel].
+    fraction : float, optional
+        Share of the filters to keep, highest sums first; at least one in each layer. Without it,
+        filters whose summed score is zero or negative are removed, even if all of a layer's are.
+    scope : {"global", "layer"}
+        Rank all layers' filters against each other, or each layer's among themselves.
+
+    Returns
+    -------
+    dict of Tensor
+        bool, True = kept. Weights that are not a convolution's (fewer than three dimensions) are
+        kept; :func:`intersect` joins this mask with an unstructured one for them.
+
+    Raises
+    ------
+    ValueError
+        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
+
+    References
+    ----------
+    Sabih, Hannig, Teich: Utilizing Explainable AI for Quantization and Pruning of Deep Neural
+    Networks, arXiv:2008.09072: structured pruning of filters, unstructured of fully connected
+    layers. That a filter's importance is the sum of its weights' is our reading.
+    """
+    scores = _checked(scores)
+    sums = {name: score.flatten(1).sum(1) for name, score in scores.items() if score.ndim > 2}
+    if fraction is None:
+        channels = {name: total > 0 for name, total in sums.items()}
+    else:
+        check_share("fraction", fraction)
+        channels = _keep_top(sums, fraction, scope) if sums else {}
+    masks = _everything(scores)
+    for name, channel in channels.items():
+        masks[name][~channel] = False
+    return masks
+
+
+def intersect(*masks: Mask) -> Mask:
+    """Keep what all masks keep; a mask says nothing about names it does not hold.
+
+    Parameters
+    ----------
+    *masks : dict of Tensor
+        bool, True = kept.
+
+    Returns
+    -------
+    dict of Tensor
+        bool, the names of all masks.
+
+    Raises
+    ------
+    ValueError
+        If masks of one name differ in shape, or are not bool.
+    """
+    joint: Mask = {}
+    for mask in masks:
+        for name, kept in mask.items():
+            _check_mask(name, kept, joint.get(name, kept).shape)
+            joint[name] = joint[name] & kept if name in joint else kept.clone()
+    return joint
+
+
+def apply(model: nn.Module, masks: Mask) -> nn.Module:
+    """Copy a model with the removed weights set to zero.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    masks : dict of Tensor
+        bool, True = kept; keyed by parameter name, shaped like the parameter.
+
+    Returns
+    -------
+    nn.Module
+        A copy; removed weights are exactly zero.
+
+    Raises
+    ------
+    ValueError
+        If a mask's name is no parameter, or its shape or dtype does not fit.
+    """
+    pruned = copy.deepcopy(model)
+    for name, parameter in masked(pruned, masks).items():
+        parameter.data.masked_fill_(~masks[name].to(parameter.device), 0)
+    return pruned
+
+
+def masked(model: nn.Module, masks: Mask) -> dict[str, nn.Parameter]:
+    """The parameters that masks name; ValueError for a mask that does not fit the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, kept in masks.items():
+        if name not in parameters:
+            raise ValueError(f"mask {name!r}: the model has no such parameter")
+        _check_mask(name, kept, parameters[name].shape)
+    return {name: parameters[name] for name in masks}
+
+
+def density(masks: Mask) -> float:
+    """Share of the weights that masks keep, in [0, 1]; 1 if there are none."""
+    total = sum(kept.numel() for kept in masks.values())
+    return sum(int(kept.sum()) for kept in masks.values()) / total if total else 1.0
+
+
+def emptied(masks: Mask) -> list[str]:
+    """Names of the layers that masks remove wholly, which disconnects most networks."""
+    return [name for name, kept in masks.items() if not kept.any()]
+
+
+def _keep_top(scores: Scores, fraction: float, scope: str) -> Mask:
+    if check_scope(scope) == "layer":
+        counts = {name: max(1, round(fraction * score.numel())) for name, score in scores.items()}
+        return {n: _top(s.reshape(-1), counts[n]).reshape(s.shape) for n, s in scores.items()}
+    best = _flat({name: _top(score.reshape(-1), 1) for name, score in scores.items()})
+    flat = _flat(scores)
+    kept = best.clone()
+    kept[~best] = _top(flat[~best], round(fraction * flat.numel()) - int(best.sum()))
+    return _unflat(kept, scores)
+
+
+def _top(flat: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest of n values; of equal ones the first."""
+    if count <= 0:
+        return torch.zeros_like(flat, dtype=torch.bool)
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    kept = flat > threshold
+    ties = (flat == threshold).nonzero().squeeze(1)
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept
+
+
+def _everything(scores: Scores) -> Mask:
+    return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def _unflat(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def _checked(scores: Scores) -> Scores:
+    if not scores:
+        raise ValueError("there are no scores to prune by")
+    for name, score in scores.items():
+        if not score.numel():
+            raise ValueError(f"scores of {name!r} are empty")
+        if score.isnan().any():
+            raise ValueError(f"scores of {name!r} hold NaN")
+    return {name: score.detach() for name, score in scores.items()}
+
+
+def _check_mask(name: str, kept: Tensor, shape: torch.Size) -> None:
+    if kept.dtype != torch.bool:
+        raise ValueError(f"mask {name!r} must be bool, not {kept.dtype}")
+    if kept.shape != shape:
+        raise ValueError(f"mask {name!r} is {list(kept.shape)}, its weight {list(shape)}")
+
+
+def check_share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} is outside [0, 1]")
+    return value
+
+
+def check_scope(scope: str) -> str:
+    if scope not in ("global", "layer"):
+        raise ValueError(f"unknown scope {scope!r}; known: global, layer")
+    return scope

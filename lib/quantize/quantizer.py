@@ -1,0 +1,95 @@
+"""What a quantizer is: how precisely to store the weights that are kept, with one knob."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..prune import Removed
+from ..repair import bias_correction
+from .codes import Codes
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """From weights, and what they matter, to integer codes; derive from it to add one.
+
+    Attributes
+    ----------
+    knob : str
+        Name of the field that trades size against accuracy.
+    settings : sequence of float
+        Values of the knob that a budget is searched over, largest file first.
+    """
+
+    knob: ClassVar[str]
+    settings: ClassVar[Sequence[float]]
+
+    @property
+    def value(self) -> float:
+        """Where the knob stands."""
+        return getattr(self, self.knob)
+
+    def at(self, value: float) -> Self:
+        """The same quantizer with its knob at another value."""
+        return replace(self, **{self.knob: float(value)})
+
+    def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Any:
+        """Compute what the codes need besides weights, masks and the knob.
+
+        Parameters
+        ----------
+        removed : Removed
+            The network that is stored, pruned and repaired.
+        images, labels : Tensor
+            Reference images [N, ...] and int64 labels [N].
+
+        Returns
+        -------
+        object
+            Handed to ``codes``.
+        """
+        return None
+
+    @abstractmethod
+    def codes(
+        self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any
+    ) -> dict[str, Codes]:
+        """Quantize all weights of a network.
+
+        Parameters
+        ----------
+        weights, masks : dict of str to Tensor
+            Weights by name, and bool masks of the same shapes (True = kept).
+        prepared : object
+            From ``prepare``.
+
+        Returns
+        -------
+        dict of str to Codes
+            For the same names; removed weights decode to zero.
+        """
+
+    def store(
+        self, removed: Removed, prepared: Any, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes]]:
+        """Quantize a network, and correct its biases for the errors made.
+
+        Returns
+        -------
+        network : nn.Module
+            A copy of ``removed.network`` with decoded weights and corrected biases.
+        codes : dict of str to Codes
+            By weight name.
+        """
+        weights = {name: removed.network.get_parameter(name).detach() for name in removed.masks}
+        codes = self.codes(weights, removed.masks, prepared)
+        network = copy.deepcopy(removed.network)
+        with torch.no_grad():
+            for name, code in codes.items():
+                network.get_parameter(name).copy_(code.decode())
+        return bias_correction(removed.network, network, images), codes

@@ -1,0 +1,103 @@
+"""Uniform grids: the same bits for all weights."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codes import Codes, check, kept_weight, storable
+from .quantizer import Quantizer
+
+CLIPS = torch.logspace(-1.2, 0, 80)  # clipping points tried, relative to the largest |weight|
+
+
+@dataclass(frozen=True)
+class Uniform(Quantizer):
+    """The same bits for all weights.
+
+    Attributes
+    ----------
+    bits : float
+        Width, rounded to an integer of [1, 8].
+    """
+
+    knob = "bits"
+    settings = (8, 7, 6, 5, 4, 3, 2)
+    bits: float = 4.0
+
+    def __post_init__(self) -> None:
+        check(1 <= self.bits <= 8, f"bits must lie in [1, 8], not {self.bits}")
+
+    def codes(
+        self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any
+    ) -> dict[str, Codes]:
+        """See ``uniform``."""
+        return {n: uniform(w, round(self.bits), mask=masks[n]) for n, w in weights.items()}
+
+
+def uniform(
+    weight: Tensor, bits: int, *, mask: Tensor | None = None, per_channel: bool = False
+) -> Codes:
+    """Quantize to a symmetric uniform grid of the step with the least squared error.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float weights; the first dimension is the output channel.
+    bits : int
+        Width, 1 to 8. The symbols are the integers of [−(2^(bits−1) − 1), 2^(bits−1) − 1]; with
+        one bit they are the signs −1 and 1, and only weights that are zero or masked get 0.
+    mask : Tensor, optional
+        bool, shaped like the weight, True = kept; the others decode to zero.
+    per_channel : bool
+        One step for each output channel instead of one for the tensor.
+
+    Returns
+    -------
+    Codes
+        Of kind "uniform" or "channel".
+
+    Raises
+    ------
+    ValueError
+        If the weight is not finite, the mask does not fit or the width is outside [1, 8].
+
+    Notes
+    -----
+    The step is searched over clipping points, then alternated with the symbols, as in Lloyd's
+    algorithm: for given symbols s the best step is Σ w s / Σ s².
+    """
+    weight = kept_weight(weight, mask)
+    check(1 <= bits <= 8, f"bits must lie in [1, 8], not {bits}")
+    rows = weight.reshape(len(weight), -1) if per_channel else weight.reshape(1, -1)
+    steps = best_steps(rows, largest(bits))
+    symbols = nearest(rows, steps[:, None], largest(bits)).reshape(weight.shape)
+    return Codes(symbols.int(), steps, "channel" if per_channel else "uniform")
+
+
+def largest(bits: int) -> int:
+    """Largest symbol of a width; 0 stands for the binary grid of signs."""
+    return 2 ** (bits - 1) - 1
+
+
+def best_steps(rows: Tensor, top: int) -> Tensor:
+    """Storable steps [r] of least squared error for rows of weights [r, n], symbols up to top."""
+    top_value = rows.abs().amax(1, keepdim=True)
+    best, error = top_value, torch.full_like(top_value, math.inf)
+    for clip in CLIPS:
+        step = storable(top_value * clip / max(1, top))
+        trial = (rows - step * nearest(rows, step, top)).square().sum(1, keepdim=True)
+        best, error = torch.where(trial < error, step, best), torch.minimum(trial, error)
+    for _ in range(5):
+        symbols = nearest(rows, best, top)
+        energy = symbols.square().sum(1, keepdim=True)
+        step = storable((rows * symbols).sum(1, keepdim=True) / energy.clamp(min=1))
+        best = torch.where(energy > 0, step, best)
+    return torch.where(top_value > 0, best, 1).squeeze(1)
+
+
+def nearest(weight: Tensor, step: Tensor, top: int) -> Tensor:
+    """Nearest symbols up to top in magnitude, as floats."""
+    return (weight / step).round().clamp(-top, top) if top else weight.sign()

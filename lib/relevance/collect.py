@@ -1,0 +1,143 @@
+"""Scoring runs: a private copy of the model, and batches of samples through it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..fold import fold_batchnorm
+from .collectors import Absolutes, Collected, InputMoments, PerWeight, Squares, Sums
+from .layers import UnsupportedLayerError
+from .rules import RuleLike, bounded, chooser
+from .samples import STARTS, check_logits, check_samples, scored_weights, start_gradient
+from .trace import Propagation
+
+WANTED: dict[str, type[PerWeight]] = {
+    "sum": Sums, "abs": Absolutes, "rms": Squares, "moments": InputMoments,
+}  # fmt: skip
+C = TypeVar("C", bound=Collected)
+
+
+class Run(Generic[C]):
+    """A private copy of the model, and all samples through it.
+
+    Parameters
+    ----------
+    collector : callable
+        Makes the collector from the scored weights: a subclass of ``Collected``.
+    model, images, labels, rule, start, batch_size
+        As for ``lib.relevance.weight_relevance``.
+    ordinary : bool
+        Carry ordinary gradients instead of relevance; then ``start`` may also be ``loss``, the
+        cross-entropy.
+
+    Raises
+    ------
+    UnsupportedLayerError, ValueError
+        As for ``weight_relevance``; all of them before anything is propagated.
+    """
+
+    def __init__(
+        self, collector: Callable[[dict[str, Tensor]], C], model: nn.Module, images: Tensor,
+        labels: Tensor, rule: RuleLike, start: str, batch_size: int = 32, ordinary: bool = False,
+    ):  # fmt: skip
+        if start not in STARTS and not (ordinary and start == "loss"):
+            raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}")
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
+        choose = bounded(chooser(rule), images)
+        check_samples(images, labels)
+        names = scored_weights(model)
+        self.images, self.labels = images, labels.long()
+        self.start, self.batch_size = start, batch_size
+        private = fold_batchnorm(model, images)
+        weights = {name: private.get_parameter(name).detach() for name in names}
+        self.device = next(iter(weights.values())).device
+        keys = {id(private.get_parameter(name)): name for name in names}
+        self.collector = collector(weights)
+        self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
+        with torch.autocast(self.device.type, enabled=False):
+            self._follow(private, rule)
+
+    def _follow(self, private: nn.Module, rule: RuleLike) -> None:
+        """Check the model's output, and follow one image to learn which layers it uses."""
+        image = self._take(self.images, slice(1))  # [1, ...]
+        with torch.no_grad():
+            plain = private(image)
+        check_logits(plain, self.labels)
+        if self.start == "contrastive" and plain.shape[1] < 2:
+            raise ValueError("a contrastive start needs at least two classes")
+        traced = self.propagate(image)
+        if not torch.allclose(traced, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
+            raise UnsupportedLayerError(
+                "the traced forward pass differs from the model's: the result of an in-place "
+                "operation is not used, or evaluation mode is random; use the returned value"
+            )
+        layers = self.propagate.visited
+        for pattern in rule if isinstance(rule, Mapping) else ():
+            if not any(fnmatchcase(path, pattern) for path in layers):
+                raise ValueError(f"no layer fits {pattern!r}; layers: {', '.join(layers)}")
+
+    def _take(self, data: Tensor, part: slice) -> Tensor:
+        taken = data[part].to(self.device)
+        return taken.clone() if taken.is_inference() else taken
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [batch, ...] and labels [batch], on the model's device."""
+        for first in range(0, len(self.images), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield self._take(self.images, part), self._take(self.labels, part)
+
+    def collect(self) -> C:
+        """Propagate everything; gives the collector."""
+        with torch.autocast(self.device.type, enabled=False):
+            for images, labels in self.batches():
+                logits = self.propagate(self.collector.begin(images))  # [batch, classes]
+                if self.collector.backwards:
+                    logits.backward(start_gradient(logits.detach(), labels, self.start))
+                self.collector.end()
+        return self.collector
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def totals(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rule: RuleLike = "epsilon",
+    start: str = "target",
+    wanted: str = "sum",
+    batch_size: int = 32,
+    ordinary: bool = False,
+) -> dict[str, Tensor]:
+    """What reference samples bring to every weight, added up over them.
+
+    Parameters
+    ----------
+    model, images, labels, rule, start, batch_size
+        As for ``lib.relevance.weight_relevance``.
+    wanted : {"sum", "abs", "rms", "moments"}
+        Relevance summed; its absolute values or its squares in each sample summed; or, without
+        any relevance, the squared input of each connection summed over samples and positions.
+    ordinary : bool
+        Carry ordinary gradients instead of relevance; then ``start`` may also be ``loss``, the
+        cross-entropy.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Weight name -> total, shaped, typed and placed like the weight.
+
+    Raises
+    ------
+    UnsupportedLayerError, ValueError
+        As for ``weight_relevance``; also ValueError for an unknown ``wanted``.
+    """
+    if wanted not in WANTED:
+        raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
+    run = Run(WANTED[wanted], model, images, labels, rule, start, batch_size, ordinary)
+    return run.collect().totals

@@ -1,0 +1,218 @@
+"""Collectors: what is added up of the relevance that arrives at weights, units and images."""
+
+from collections import Counter, defaultdict
+
+import torch
+from torch import Tensor
+
+from .layers import Collector, Key, Layer
+from .operations import Layout, Piece, find_samples, per_sample
+
+
+class Collected(Collector):
+    """Keeps nothing; the others keep what they are for.
+
+    Parameters
+    ----------
+    weights : dict of str to Tensor
+        The scored weights of the network that is propagated through, by name.
+
+    Attributes
+    ----------
+    totals : dict of str to Tensor
+        Weight name -> what was collected over all samples.
+    samples : int
+        Images in the batch; 0 before the first, while one image is followed to learn of layers.
+    backwards : bool
+        Whether relevance is wanted, or only what the forward pass reads.
+    """
+
+    backwards: bool = True
+
+    def __init__(self, weights: dict[str, Tensor]):
+        self.weights, self.samples = weights, 0
+        self.totals: dict[str, Tensor] = {}
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Make ready for a batch; gives the images to propagate, [samples, ...]."""
+        self.samples = len(images)
+        return images
+
+    def end(self) -> None:
+        """Everything of the batch has arrived."""
+
+
+class PerWeight(Collected):
+    """Whose totals are shaped like the weights."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__(weights)
+        self.totals = {name: torch.zeros_like(w) for name, w in weights.items()}
+
+    def total(self, key: Key) -> Tensor:
+        """The rows of a weight's total that a layer uses; changed in place."""
+        name, first, last = key
+        return self.totals[name][first:last]
+
+
+class Sums(PerWeight):
+    """Relevance of each weight, summed over samples."""
+
+    sums = True
+
+    def weight(self, layer: Layer, s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
+        assert grad is not None
+        self.total(layer.place).addcmul_(w, grad)
+
+    def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
+        width = w.shape[-1]
+        relevance = g.reshape(-1, width) * w.reshape(-1, width)  # [look-ups, width]
+        self.total(layer.place).index_add_(0, indices.reshape(-1), relevance)
+
+
+class PerSample(PerWeight):
+    """A power of the relevance of each weight in each sample, summed over samples."""
+
+    samplewise = True
+    power: int  # 1: absolute values, 2: squares
+    stacked = 1  # samples that propagation sees for each image of a batch
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__(weights)
+        # what each use of a weight reads for the first image, and where in a batch that is
+        self.singles: list[Tensor] = []
+        self.layouts: list[Layout | None] = []
+        self.uses: Counter[Key | None] = Counter()
+        self.pieces: dict[Key, list[Piece]] = defaultdict(list)
+
+    def begin(self, images: Tensor) -> Tensor:
+        self.uses.clear()
+        return super().begin(images)
+
+    def use(self, layer: Layer, a: Tensor) -> None:
+        if not self.samples:
+            self.singles.append(a.detach())
+            return
+        number = self.uses.total() % len(self.singles)
+        if number == len(self.layouts):
+            single, samples = self.singles[number], self.stacked * self.samples
+            self.layouts.append(find_samples(a, single, samples))
+        layer.layout = self.layouts[number]
+        self.uses[layer.key] += 1
+
+    def weight(self, layer: Layer, s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
+        s, a = (layer.by_sample(t, self.samples) for t in (s, a))
+        self.pieces[layer.place].append((layer.operation, s, a, w))
+
+    def done(self, layer: Layer) -> None:
+        """Add up a weight once all its uses have got their relevance, to free what it took."""
+        self.uses[layer.key] -= 1
+        if not self.uses[layer.key]:
+            self._reduce(layer.place)
+
+    def end(self) -> None:
+        """Add up the weights of which some use got none."""
+        for key in list(self.pieces):
+            self._reduce(key)
+
+    def _reduce(self, key: Key) -> None:
+        if key in self.pieces:
+            per_sample(self.pieces.pop(key), self.samples, self.power, self.total(key))
+
+    def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
+        indices, g, w = (layer.by_sample(t, self.samples) for t in (indices, g, w))
+        total = self.total(layer.place)
+        size, width = total.shape
+        flat, g, w = indices.reshape(-1), g.reshape(-1, width), w.reshape(-1, width)
+        sample = torch.arange(len(flat), device=flat.device) * self.samples // len(flat)
+        pairs, where = torch.unique(sample * size + flat, return_inverse=True)
+        # relevance of each pair of a sample and a row it looks up: [pairs, width]
+        relevance = g.new_zeros(len(pairs), width).index_add_(0, where, g * w)
+        relevance = relevance.abs() if self.power == 1 else relevance.square()
+        total.index_add_(0, pairs % size, relevance)
+
+
+class Absolutes(PerSample):
+    """Absolute relevance of each weight in each sample, summed over samples."""
+
+    power = 1
+
+
+class Squares(PerSample):
+    """Squared relevance of each weight in each sample, summed over samples."""
+
+    power = 2
+
+
+class InputMoments(PerWeight):
+    """Squared input of each connection, summed over samples and positions."""
+
+    backwards = False
+
+    def use(self, layer: Layer, a: Tensor) -> None:
+        if self.samples and layer.key:
+            name, first, last = layer.key
+            squares = layer.operation.squares(a.detach(), self.weights[name][first:last])
+            self.totals[name][first:last] += squares
+
+
+class Units(Collected):
+    """Squared ``R / z`` of each output unit, averaged over samples and positions."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__(weights)
+        self.counts: Counter[str] = Counter()  # terms in each unit's sum
+
+    def unit(self, layer: Layer, g: Tensor) -> None:
+        axis = 1 if layer.operation.options else g.dim() - 1
+        squared = g.square().sum([d for d in range(g.dim()) if d != axis])  # [units]
+        self._add(layer, squared, g.numel() // len(squared))
+
+    def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
+        size, width = self.weights[layer.place[0]].shape
+        flat = indices.reshape(-1)
+        squared = g.reshape(-1, width).square().mean(1)  # [look-ups]
+        self._add(layer, g.new_zeros(size).index_add_(0, flat, squared), len(flat))
+
+    def _add(self, layer: Layer, squared: Tensor, count: int) -> None:
+        name, first, last = layer.place
+        if name not in self.totals:
+            size = len(squared) if last is None else len(self.weights[name])
+            self.totals[name] = squared.new_zeros(size)
+        self.totals[name][first:last] += squared
+        self.counts[name] += count if not first else 0
+
+    def means(self) -> dict[str, Tensor]:
+        """Weight name -> mean of each unit, 0 where the layer did not run."""
+        return {
+            name: self.totals[name] / self.counts[name]
+            if name in self.totals else w.new_zeros(len(w))
+            for name, w in self.weights.items()
+        }  # fmt: skip
+
+
+class Inputs(Collected):
+    """Relevance of every input value."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__(weights)
+        self.maps: list[Tensor] = []  # of each batch, like its images
+
+    def begin(self, images: Tensor) -> Tensor:
+        self.image = super().begin(images).detach().clone().requires_grad_()
+        self.direct = torch.zeros_like(images)
+        return self.image
+
+    def pixels(self, a: Tensor, relevance: Tensor) -> bool:
+        """Keep relevance itself for the images, since pixels may be zero."""
+        image = self.image
+        same = a.data_ptr() == image.data_ptr() and a.numel() == image.numel() and a.is_contiguous()
+        if same:
+            self.direct += relevance.reshape(image.shape)
+        return same
+
+    def end(self) -> None:
+        gradient = self.image.grad
+        self.maps.append(
+            self.direct if gradient is None else self.direct + self.image.detach() * gradient
+        )

@@ -1,0 +1,279 @@
+"""Closed-form repair of pruned and quantized networks: no labels, no training.
+
+Layers are visited in the order of the forward pass. Each is fitted to what the dense network's
+layer puts out, from the inputs which the repaired network gives it, so that errors made before it
+are compensated as well. Layers without a rule in ``lib.moments`` are left as they are. All models
+given stay untouched.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from .leastsquares import Equations
+from .masks import Mask, masked
+from .moments import Layer, check_images, hooked, layers_of, ready, units_of
+
+MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # a layer's input, output, and output wanted
+Change = Callable[[str, Layer, Batches], None]
+
+
+def refit(
+    dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor, *, batch_size: int = 50,
+    ridge: float = 1e-3,
+) -> nn.Module:  # fmt: skip
+    """Refit the kept weights and biases of a pruned network by least squares, layer by layer.
+
+    Parameters
+    ----------
+    dense, pruned : nn.Module
+        The network before and after pruning (removed weights are zero), of one architecture; run
+        in eval mode.
+    masks : dict of Tensor
+        bool by weight name, True = kept. Layers without a mask are left as they are.
+    images : Tensor
+        float32 [N, ...], a few hundred are enough; labels are not needed.
+    batch_size : int
+        Images whose patches are unfolded at a time, and images per forward pass where the outputs
+        of all layers on all images would take more than 2 GiB.
+    ridge : float
+        Positive strength that ties the weights to the present ones, relative to the mean diagonal
+        of the inputs' second moment; decides directions that the images leave open.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``pruned``; removed weights stay exactly zero.
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit the model, the images are unusable or the ridge is not positive.
+
+    Notes
+    -----
+    For each unit k with kept inputs S the weights and the bias minimise
+
+        Σ_np (w_Sᵀ a_np,S + b − z_np)² + ρ ‖w_S − w⁰_S‖²
+
+    where z is the dense layer's pre-activation and a the input in the network repaired so far. A
+    Cholesky factor solves it when all units share a mask; otherwise conjugate gradients run for
+    all units at once, from the present weights.
+
+    References
+    ----------
+    Frantar, Alistarh: Optimal Brain Compression, NeurIPS 2022, eq. 1: the layer-wise problem.
+    """
+    check_images(images)
+    if not ridge > 0:
+        raise ValueError(f"ridge must be positive, not {ridge}")
+    masked(pruned, masks)
+    repaired = copy.deepcopy(pruned)
+
+    def fit(name: str, layer: Layer, batches: Batches) -> None:
+        equations = Equations(layer)
+        for inputs, output, target in batches:
+            equations.add(inputs, target - output, batch_size)
+        equations.refit(masks[f"{name}.weight"], ridge)
+
+    _change_layers(dense, repaired, images, batch_size, fit, lambda name: f"{name}.weight" in masks)
+    return repaired
+
+
+def bias_correction(
+    dense: nn.Module, quantized: nn.Module, images: Tensor, *, batch_size: int = 50
+) -> nn.Module:
+    """Correct biases so that each channel's mean pre-activation is the dense network's.
+
+    Parameters
+    ----------
+    dense, quantized : nn.Module
+        The network before and after compression, of one architecture; run in eval mode.
+    images : Tensor
+        float32 [N, ...].
+    batch_size : int
+        As for ``refit``.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``quantized``; layers without a bias are as they were.
+
+    Raises
+    ------
+    ValueError
+        If there are no images or they hold values that are not finite.
+
+    References
+    ----------
+    Nagel et al.: Data-Free Quantization Through Weight Equalization and Bias Correction,
+    ICCV 2019, section 4.2, here with measured means.
+    """
+    check_images(images)
+    corrected = copy.deepcopy(quantized)
+
+    def shift(name: str, layer: Layer, batches: Batches) -> None:
+        now, wanted = _statistics(layer, batches)
+        if layer.bias is not None:
+            layer.bias.data += (wanted[0] - now[0]).to(layer.bias.dtype)
+
+    def biased(name: str) -> bool:
+        return corrected.get_submodule(name).bias is not None
+
+    _change_layers(dense, corrected, images, batch_size, shift, biased)
+    return corrected
+
+
+def renormalise(
+    dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor, *, batch_size: int = 50
+) -> nn.Module:
+    """Give each unit's pre-activation the mean and standard deviation of the dense network's.
+
+    Parameters
+    ----------
+    dense, pruned : nn.Module
+        The network before and after pruning, of one architecture; run in eval mode.
+    masks : dict of Tensor
+        bool by weight name; layers without a mask are left as they are.
+    images : Tensor
+        float32 [N, ...].
+    batch_size : int
+        As for ``refit``.
+
+    Returns
+    -------
+    nn.Module
+        A copy of ``pruned`` with other gains (factors of the weights) and biases; removed weights
+        stay zero.
+
+    Raises
+    ------
+    ValueError
+        If there are no images or they hold values that are not finite.
+
+    Notes
+    -----
+    ``w ← w s / ŝ`` and ``b ← m + (b − m̂) s / ŝ``, with m, s the unit's mean and deviation in the
+    dense network and m̂, ŝ in the pruned one. Where the dense layer's BatchNorm is folded, m and s
+    are its shift and gain, and this is what estimating its statistics anew on the images comes to
+    (Ioffe and Szegedy 2015, algorithm 2). Layers without a bias are only scaled.
+    """
+    check_images(images)
+    repaired = copy.deepcopy(pruned)
+
+    def rescale(name: str, layer: Layer, batches: Batches) -> None:
+        (mean, deviation), (target, wanted) = _statistics(layer, batches)
+        gain = torch.where(deviation > 0, wanted / deviation, 1).to(layer.weight.dtype)
+        layer.weight.data *= gain.view(-1, *[1] * (layer.weight.ndim - 1))
+        if layer.bias is not None:
+            layer.bias.data.sub_(mean).mul_(gain).add_(target)
+
+    _change_layers(
+        dense, repaired, images, batch_size, rescale, lambda name: f"{name}.weight" in masks
+    )
+    return repaired
+
+
+def _change_layers(
+    dense: nn.Module, repaired: nn.Module, images: Tensor, batch_size: int, change: Change,
+    chosen: Callable[[str], bool],
+) -> None:  # fmt: skip
+    """Change layer after layer by ``change(name, layer, batches)``, inputs as repaired so far.
+
+    The batches are (inputs, output, the dense network's output). Each network runs once where all
+    that has to be held fits into memory; otherwise, and with layers called twice, anew up to each
+    layer, batch by batch.
+    """
+    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired), torch.no_grad():
+        calls, size = _order(repaired, images[:1])
+        names = [name for name in calls if chosen(name)]
+        if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
+            _in_one_pass(dense, repaired, images, change, names)
+            return
+        for name in names:
+            pairs = zip(
+                _run(repaired, name, images, batch_size, calls[name]),
+                _run(dense, name, images, batch_size, calls[name]),
+                strict=True,
+            )
+            batches = ((*seen, target) for seen, (_, target) in pairs)
+            change(name, layers_of(repaired)[name], batches)
+
+
+def _in_one_pass(
+    dense: nn.Module, repaired: nn.Module, images: Tensor, change: Change, names: list[str]
+) -> None:
+    targets: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        targets[name] = output.clone()  # an activation in place may follow
+
+    def replace(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        change(name, layer, [(inputs[0], output, targets.pop(name))])
+        return layer.forward(inputs[0])
+
+    for model, hook in ((dense, keep), (repaired, replace)):
+        with hooked(model, names, hook):
+            model(ready(images, model))
+
+
+def _statistics(layer: Layer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+    """Mean and deviation, float64 [units], of the outputs now, and of the dense layer's."""
+    count, sums = 0, torch.zeros(4, 1, dtype=torch.float64)
+    for _, output, target in batches:
+        now, wanted = (units_of(layer, t).double() for t in (output, target))  # [groups, units, p]
+        count += now.shape[2]
+        parts = [part.sum(2).flatten() for x in (now, wanted) for part in (x, x.square())]
+        sums = sums.to(now.device) + torch.stack(parts)
+    means = sums / count
+    return [(mean, (square - mean.square()).clamp(min=0).sqrt())
+            for mean, square in (means[:2], means[2:])]  # fmt: skip
+
+
+class _Reached(Exception):
+    """Ends a forward pass once the layer has been seen."""
+
+
+def _run(
+    model: nn.Module, name: str, images: Tensor, batch_size: int, calls: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the layer's (input, output) of each call, batch by batch."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen.append((inputs[0].clone(), output.clone()))
+        if len(seen) == calls:
+            raise _Reached
+
+    for batch in images.split(batch_size):
+        seen.clear()
+        with hooked(model, [name], hook), suppress(_Reached):
+            model(ready(batch, model))
+        yield from list(seen)
+
+
+def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], int]:
+    """Layers in the order of the forward pass with the number of their calls; bytes put out."""
+    trace: list[tuple[str, int]] = []
+
+    def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        trace.append((name, output.nbytes))
+
+    with hooked(model, layers_of(model), hook):
+        model(ready(images, model))
+    names = [name for name, _ in trace]
+    return {name: names.count(name) for name in names}, sum(size for _, size in trace)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,300 @@
+"""Scores: how much each weight matters, by one of many criteria.
+
+The simplest is weight x gradient, ``w ∂z_t/∂w`` with z_t the logit of the true class, summed over
+reference images (``weight_times_gradient``). On a ReLU network layer-wise relevance propagation
+with the ε rule is exactly this, since ReLU passes activations and their gradients alike. What LRP
+adds are other rules, activations and starts; ``lib.relevance`` has it in its general form.
+
+A criterion is an object: ``CRITERIA[name](model, images, labels) -> {weight name: scores}``, each
+shaped like its weight; the higher, the more important. Names are those of ``CRITERIA`` and
+
+- ``lrp-<rule>``, ``lrp-<rule>/<start>``, ``lrp-<rule>/<start>/<aggregate>``: relevance, with any
+  rule, composite, start and aggregate of ``lib.relevance``, as in ``lrp-zplus/contrastive/abs``;
+- ``reversed:<criterion>``: ranks the other way around, ``shuffled:<criterion>``: the same values
+  dealt out at random over the network (controls), ``root:<criterion>``: their square roots.
+
+To add one: ``CRITERIA["mine"] = Criterion("mine", function)``, or pass the object itself.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import baselines
+from .fold import fold_batchnorm
+from .moments import input_moments
+from .relevance import AGGREGATES, COMPOSITES, RULES, STARTS, scored_weights, unit_sensitivity
+from .relevance import weight_relevance as lrp
+from .relevance.deeplift import deeplift
+from .relevance.samples import check_logits, check_samples
+
+Scores = dict[str, Tensor]
+Function = Callable[[nn.Module, Tensor, Tensor], Scores]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """Weight times gradient of the true class's logit, summed over images: LRP in five lines."""
+    check_samples(images, labels)
+    network = fold_batchnorm(model).requires_grad_(True)  # a copy, in evaluation mode
+    weights = scored_weights(network)
+    device = next(iter(weights.values())).device
+    for x, y in zip(images.to(device).split(50), labels.to(device).split(50), strict=True):
+        logits = network(x)
+        check_logits(logits, y)
+        logits.gather(1, y[:, None]).sum().backward()
+    return {n: w.detach() * (0 if w.grad is None else w.grad) for n, w in weights.items()}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score weights, and the units that follow from it.
+
+    Attributes
+    ----------
+    name : str
+        In tables and error messages.
+    function : callable
+        ``(model, images, labels) -> scores``; neither changes the model nor depends on the state
+        of any generator.
+    order : {1, 2}
+        Order in the weight's effect: 1 for scores like a change of the output (relevance), 2 for
+        scores like a squared change or a change of the loss (Fisher information).
+    as_trained : bool
+        The score belongs to the weight as trained: where BatchNorm was folded into it, the gain
+        is divided out.
+    unit_function : callable, optional
+        The same call, giving a non-negative value for each output unit; by default it follows
+        from the scores, see ``units``.
+    """
+
+    name: str
+    function: Function
+    order: int = 1
+    as_trained: bool = False
+    unit_function: Function | None = None
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, gains: Scores | None = None
+    ) -> Scores:
+        """Scores of all weights; see ``lib.relevance.weight_relevance`` for arguments and errors.
+
+        ``gains``, as of ``Folded.scales``, are divided out of scores of weights as trained.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Weight name -> scores, shaped like the weight.
+        """
+        scores = self.function(model, images, labels)
+        if gains is not None and self.as_trained:
+            scores = {name: score / gains[name] for name, score in scores.items()}
+        return scores
+
+    def units(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+        """Weigh the squared error of each output unit by what the criterion says about it.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network whose weights will be quantized, BatchNorm folded.
+        images, labels : Tensor
+            Reference images [N, ...] and labels [N].
+
+        Returns
+        -------
+        dict of str to Tensor
+            float32 [units] for each weight, with mean one over all units of the network; so a
+            trade-off between damage and bits means the same for each criterion.
+
+        Notes
+        -----
+        For relevance, the mean square of ``R_k / z_k``. Scores s of second order say about unit k
+        ``G_k = sum_j |s_kj| / sum_j w_kj^2 H_jj``, H the second moment of the layer's inputs (for
+        Fisher information this is the mean squared gradient at the unit); scores of first order
+        the same with ``s^2``.
+        """
+        if self.unit_function:
+            units = self.unit_function(model, images, labels)
+        else:
+            units = self._from_scores(model, images, labels)
+        mean = _positive(torch.cat(list(units.values())).mean())
+        return {name: (unit / mean).float() for name, unit in units.items()}
+
+    def _from_scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+        scores, units = self(model, images, labels), {}
+        for name, moment in input_moments(model, images).items():
+            weight = model.get_parameter(name).detach()
+            score = scores[name].abs() if self.order == 2 else scores[name].square()
+            diagonal = moment.diagonal(dim1=-2, dim2=-1)  # [d] or [groups, d]
+            groups = diagonal.shape[0] if diagonal.ndim == 2 else 1
+            rows = weight.reshape(groups, len(weight) // groups, -1)
+            energy = (rows.square() * diagonal.reshape(groups, 1, -1)).sum(-1).reshape(-1)
+            total = score.flatten(1).sum(1)  # [units]
+            units[name] = torch.where(energy > 0, total / energy.clamp_min(1e-30), 0.0)
+        return units
+
+
+By = str | Criterion
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A change of any criterion, with one meaning for scores of weights and of units.
+
+    Attributes
+    ----------
+    name : str
+        Stands before a colon in front of a criterion's name.
+    scores, units : callable
+        Applied to all values of a network in one vector; a result of the same length.
+    """
+
+    name: str
+    scores: Callable[[Tensor], Tensor]
+    units: Callable[[Tensor], Tensor]
+
+    def __call__(self, inner: Criterion) -> Criterion:
+        """The changed criterion."""
+        return _Wrapped(f"{self.name}:{inner.name}", inner.function, inner.order, inner.as_trained,
+                        wrapper=self, inner=inner)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Wrapped(Criterion):
+    wrapper: Wrapper | None = None
+    inner: Criterion | None = None
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, gains: Scores | None = None
+    ) -> Scores:
+        assert self.wrapper is not None and self.inner is not None
+        return _pooled(self.wrapper.scores, self.inner(model, images, labels, gains))
+
+    def units(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+        assert self.wrapper is not None and self.inner is not None
+        return _pooled(self.wrapper.units, self.inner.units(model, images, labels))
+
+
+def _pooled(change: Callable[[Tensor], Tensor], scores: Scores) -> Scores:
+    flat = change(torch.cat([score.flatten() for score in scores.values()]))
+    parts = flat.split([score.numel() for score in scores.values()])
+    shaped = zip(scores.items(), parts, strict=True)
+    return {name: part.reshape(score.shape) for (name, score), part in shaped}
+
+
+def _shuffled(values: Tensor) -> Tensor:
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    return values[order.to(values.device)]
+
+
+def _in_reverse(values: Tensor) -> Tensor:
+    """The same values dealt out in the opposite order: least to greatest and back."""
+    order, dealt = values.argsort(), values.clone()
+    dealt[order] = values[order.flip(0)]
+    return dealt
+
+
+def _root_of_mean_one(units: Tensor) -> Tensor:
+    root = units.sqrt()
+    return root / _positive(root.mean())
+
+
+def _positive(mean: Tensor) -> Tensor:
+    return mean.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+WRAPPERS = {
+    wrapper.name: wrapper
+    for wrapper in (
+        Wrapper("reversed", torch.neg, _in_reverse),
+        Wrapper("shuffled", _shuffled, _shuffled),
+        Wrapper("root", lambda s: s.sign() * s.abs().sqrt(), _root_of_mean_one),
+    )
+}
+
+
+def _alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    return {name: torch.ones_like(w) for name, w in scored_weights(model).items()}
+
+
+def _units_alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    return {name: torch.ones(len(w)) for name, w in scored_weights(model).items()}
+
+
+class UnknownCriterionError(KeyError, ValueError):
+    """No criterion of that name; the message lists the known ones."""
+
+    __str__ = Exception.__str__
+
+
+class Criteria(MutableMapping[str, Criterion]):
+    """Criteria by name; iteration gives the plain names, look-up understands all of them."""
+
+    def __init__(self, *criteria: Criterion):
+        self._own = {criterion.name: criterion for criterion in criteria}
+
+    def __getitem__(self, name: str) -> Criterion:
+        if name in self._own:
+            return self._own[name]
+        wrapper, _, inner = name.partition(":")
+        if wrapper in WRAPPERS and inner:
+            return WRAPPERS[wrapper](self[inner])
+        return self._relevance(name)
+
+    def __setitem__(self, name: str, criterion: Criterion) -> None:
+        if not isinstance(criterion, Criterion):
+            raise TypeError(f"{name!r} must be a Criterion, not a {type(criterion).__name__}")
+        if not name or set(name) & set(":/") or name.startswith("lrp-"):
+            raise ValueError(f"{name!r} cannot name a criterion: no ':', no '/', no 'lrp-'")
+        self._own[name] = criterion
+
+    def __delitem__(self, name: str) -> None:
+        del self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        rules = ("epsilon", "0", "zplus", "gamma", "alpha2beta1", *COMPOSITES)
+        return iter([*(f"lrp-{rule}" for rule in rules), *self._own])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _relevance(self, name: str) -> Criterion:
+        rule, *options = name.removeprefix("lrp-").split("/")
+        rule = "lrp-0" if rule == "0" else rule
+        start = options.pop(0) if options and options[0] in STARTS else "target"
+        aggregate = options.pop(0) if options and options[0] in AGGREGATES else "sum"
+        if not name.startswith("lrp-") or options or rule not in (*RULES, *COMPOSITES):
+            raise UnknownCriterionError(
+                f"unknown criterion {name!r}; known: {', '.join(self)}, any lrp-<rule> with "
+                f"/<start> of {', '.join(STARTS)} and /<aggregate> of {', '.join(AGGREGATES)}, "
+                f"and <change>:<criterion> with a change of {', '.join(WRAPPERS)}"
+            )
+        return Criterion(
+            name,
+            lambda m, x, y: lrp(m, x, y, rule=rule, start=start, aggregate=aggregate),
+            unit_function=lambda m, x, y: unit_sensitivity(m, x, y, rule=rule, start=start),
+        )
+
+
+CRITERIA = Criteria(
+    Criterion("deeplift", deeplift),
+    Criterion("grad-times-weight", weight_times_gradient),
+    Criterion("integrated-gradients", baselines.integrated_gradients),
+    Criterion("magnitude", baselines.magnitude, as_trained=True),
+    Criterion("magnitude-folded", baselines.magnitude_folded),
+    Criterion("wanda", baselines.wanda, as_trained=True),
+    Criterion("taylor", baselines.taylor, order=2),
+    Criterion("fisher", baselines.fisher, order=2),
+    Criterion("hessian-trace", baselines.hessian_trace, order=2),
+    Criterion("random", baselines.random),
+    Criterion("alike", _alike, unit_function=_units_alike),
+)
+
+
+def criterion(by: By) -> Criterion:
+    """The criterion of a name, or the object itself."""
+    return by if isinstance(by, Criterion) else CRITERIA[by]

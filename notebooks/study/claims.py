@@ -1,0 +1,186 @@
+"""The claims of each notebook, from what it measured; notebooks and ``make verify`` ask here."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from .profiles import Case
+from .readings import (
+    ablation_claims,
+    criterion_claims,
+    headline,
+    precision_claims,
+    removal_claims,
+    seeds_of,
+    sign_claims,
+)
+from .tables import NETWORK, smallest_files
+from .verdicts import Claim, judge, single
+
+LRP = "lrp-epsilon/contrastive"
+GOALS = {
+    ("mnist", "lenet300"): 98.2,
+    ("mnist", "lenet5"): 99.2,
+    ("cifar10", "resnet20"): 91.5,
+    ("cifar10-jpeg", "resnet20"): 88.0,
+    ("cifar10", "vgg16"): 93.0,
+    ("cifar10-jpeg", "vgg16"): 89.0,
+}
+"""Test accuracy that base networks are known to reach with plain training; 96 % on digits."""
+TIERED = "tiers by lrp-epsilon/contrastive/abs"
+TIERS_CONTROLS = ("tiers by random", "tiers by reversed:lrp-epsilon/contrastive/abs")
+OURS = ["lrp", "lrp, half pruned", "lrp, pruned", "lrp root", "lrp root, half pruned"]
+OURS_TUNED = ["lrp, pruned, fine-tuned"]
+BASELINE = ["deeplift 100%", "deeplift 80%"]
+BASELINE_REFITTED = ["deeplift 80%, refit"]
+BASELINE_TUNED = ["deeplift 100%, fine-tuned", "deeplift 80%, fine-tuned"]
+WORKS = "all: contrastive, four rounds, refit"
+INGREDIENTS = {
+    "the contrastive start": "target start",
+    "epsilon rather than z+": "z+ instead of epsilon",
+    "rounds with scoring anew": "once instead of four rounds",
+    "refit rather than renormalisation": "renormalised instead of refit",
+    "repair at all": "no repair",
+    "relevance rather than random scores": "random scores",
+}
+"""Of the reading that works, by what it is called: the recipe without it."""
+
+
+def quickstart(case: Case, ratio: float, lost: float, identical: bool) -> list[Claim]:
+    """Q1 to Q3, from how many times smaller the file is, points lost, and whether bits agree."""
+    said = "equal" if identical else "not equal"
+    return [
+        single("Q1", "the file is at least 10 times smaller than the float32 weights", case, "10",
+               f"{ratio:.1f}", ratio >= 10, case.seed),
+        single("Q2", "at most 1 point of test accuracy is lost", case, "1.0", f"{lost:.2f}",
+               lost <= 1, case.seed),
+        single("Q3", "the loaded network equals the saved one, bit for bit", case, "equal", said,
+               identical, case.seed),
+    ]  # fmt: skip
+
+
+def base_networks(bases: pd.DataFrame) -> list[Claim]:
+    """B1, from the table ``bases``."""
+    claims = []
+    for (dataset, model), part in bases.groupby(NETWORK, sort=False):
+        goal, reached = GOALS.get((dataset, model), 96.0), part["test"]
+        sentence = "the base network is as accurate as it is known to be"
+        where, said = f"{dataset}-{model}", f"{reached.mean():.2f}"
+        verdict = judge(reached, goal)
+        claims.append(Claim("B1", sentence, where, f"{goal}", said, verdict, seeds_of(part)))
+    return claims
+
+
+def relevance(case: Case, worst: float, difference: float, needed: pd.DataFrame) -> list[Claim]:
+    """R1 to R3, from the largest errors and the table ``relevance-references``."""
+    return [
+        single("R1", "relevance is conserved in every layer at zero bias", case,
+               "relative error < 1e-4", f"{worst:.1e}", worst < 1e-4, case.seed),
+        single("R2", "input relevance agrees with zennit", case, "relative difference < 1e-3",
+               f"{difference:.1e}", difference < 1e-3, case.seed),
+        references(str(case), needed),
+    ]  # fmt: skip
+
+
+def references(where: str, needed: pd.DataFrame) -> Claim:
+    """R3, from the table ``relevance-references``: draws of images for one network."""
+    enough = needed[(needed["knob"] == 20) & (needed["scores"] == "abs")]["rank correlation"].mean()
+    sentence = "20 images of each class rank the weights as all reference images do"
+    seed = int(where.rpartition("-s")[2])
+    return single("R3", sentence, where, "rank correlation > 0.95", f"{enough:.3f}", enough > 0.95,
+                  seed)  # fmt: skip
+
+
+def pruning(removal: pd.DataFrame, steps: int) -> list[Claim]:
+    """C4 and C4s, from the table ``removal`` and the number of steps of fine-tuning."""
+    readings = {
+        "lrp, at once (literal)": "literal, no training",
+        "lrp, at once, fine-tuned": f"literal, {steps} steps of fine-tuning",
+        "lrp contrastive, half, refit": "the half nearest zero, refit, no training",
+        "lrp contrastive, gradual, refit": "four rounds, nearest zero first, refit, no training",
+        "lrp contrastive, gradual, refit, fine-tuned": "the same and fine-tuned",
+    }
+    claims = [
+        claim for name, what in readings.items() for claim in removal_claims(removal, name, what)
+    ]
+    for name, rival in [
+        ("lrp, at once, refit", "reversed, at once, refit"),
+        ("lrp contrastive, gradual, refit", "reversed, gradual, refit"),
+    ]:
+        claims += sign_claims(removal, name, rival, name.removeprefix("lrp").strip(" ,"))
+    return claims
+
+
+def precision(best: pd.DataFrame) -> list[Claim]:
+    """C5, from the table ``precision-smallest``."""
+    claims = precision_claims(
+        best, TIERED, [*TIERS_CONTROLS, "uniform bits"], "tiers by |relevance|"
+    )
+    for name, way in [(LRP, "relevance"), (f"root:{LRP}", "the root of relevance")]:
+        controls = ("alike", f"shuffled:{name}", f"reversed:{LRP}")
+        rivals = [*(f"units by {control}" for control in controls), "uniform bits"]
+        claims += precision_claims(best, f"units by {name}", rivals, f"rate-distortion by {way}")
+    return claims
+
+
+def against_baseline(table: pd.DataFrame, by_criterion: pd.DataFrame) -> list[Claim]:
+    """C1, C2, C3 and C6, from the tables ``headline`` and ``criteria``."""
+    everything = [*BASELINE, *BASELINE_REFITTED, *BASELINE_TUNED]
+    refitted = [*BASELINE, *BASELINE_REFITTED]
+    criteria = smallest_files([by_criterion], max_drop=1.0)
+    return [
+        *headline(table, OURS, BASELINE, "neither trained"),
+        *headline(table, OURS, refitted, "neither trained, baseline refitted"),
+        *headline(table, [*OURS, *OURS_TUNED], everything, "both may be fine-tuned"),
+        *criterion_claims(criteria, f"units by {LRP}", "relevance"),
+        *criterion_claims(criteria, f"units by root:{LRP}", "the root of relevance"),
+    ]
+
+
+def ablations(rule: pd.DataFrame) -> list[Claim]:
+    """A1, from the table ``ablation-rule``."""
+    return ablation_claims(rule, WORKS, INGREDIENTS)
+
+
+def your_model(ratio: float, equal: bool, tiers_ratio: float) -> list[Claim]:
+    """Y1 to Y3, from how many times smaller two files are, and whether bits agree."""
+    return [
+        single("Y1", "a torchvision network meets a given ratio", "mobilenet_v3_small", "8",
+               f"{ratio:.2f}", ratio >= 8),
+        single("Y2", "the loaded network equals the saved one, bit for bit", "mobilenet_v3_small",
+               "equal", "equal" if equal else "not equal", equal),
+        single("Y3", "tiers of 3 bits on average make a file 8 times smaller", "resnet18", "8",
+               f"{tiers_ratio:.2f}", tiers_ratio >= 8),
+    ]  # fmt: skip
+
+
+def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict]) -> list[dict]:
+    """Come to a profile's claims again from its tables alone, wherever that is possible.
+
+    Parameters
+    ----------
+    read : callable
+        Name of a table -> table.
+    steps : int
+        Of fine-tuning, in the profile.
+    rows : list of dict
+        The claims as written. R1 and R2, Q and Y rest on what no table holds.
+
+    Returns
+    -------
+    list of dict
+        As ``Claim.row`` gives them; of notebooks that have claims in ``rows``.
+    """
+    where = next((row["where"] for row in rows if row["id"] == "R3"), "")
+    ways = ("tiers", "rate-distortion")
+    made = {
+        "01-train": lambda: base_networks(read("bases")),
+        "02-relevance": lambda: [references(where, read("relevance-references"))],
+        "03-pruning": lambda: pruning(read("removal"), steps),
+        "04-mixed-precision": lambda: precision(smallest_files(map(read, ways), max_drop=1.0)),
+        "05-xai-baseline": lambda: against_baseline(read("headline"), read("criteria")),
+        "07-ablations": lambda: ablations(read("ablation-rule")),
+    }
+    notebooks = dict.fromkeys(row["notebook"] for row in rows)
+    asked = [(name, made[name]()) for name in notebooks if name in made]
+    return [claim.row(name) for name, claims in asked for claim in claims]

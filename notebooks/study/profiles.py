@@ -1,0 +1,156 @@
+"""How much is run: data sets, networks, seeds, images, steps and settings of each profile."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .bases import SCHEDULES
+from .data import DATASETS, kind
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is run.
+
+    Attributes
+    ----------
+    networks : dict of str to dict of str to tuple of int
+        By data set and model the seeds, each of which trains and compresses its own network.
+    per_class : int
+        Reference images of each class, from the training split.
+    finetune : int
+        Steps, for every recipe that fine-tunes.
+    knobs : dict of str to tuple of float
+        For each quantizer (a value of ``records.STORES``), the settings of its knob that make a
+        curve.
+    special : dict of str to dict of str to tuple of float
+        By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
+    kept : dict of str to tuple of float
+        By model shares of weights kept, for comparing criteria; "" stands for all others.
+    optimisers : dict of str to str
+        By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
+        validation split.
+    slow : tuple of str
+        Models that ablations leave out, since they take hours there.
+    """
+
+    networks: dict[str, dict[str, tuple[int, ...]]]
+    per_class: int
+    finetune: int
+    knobs: dict[str, tuple[float, ...]]
+    special: dict[str, dict[str, tuple[float, ...]]]
+    kept: dict[str, tuple[float, ...]]
+    optimisers: dict[str, str] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
+
+
+def _prices(steps: Iterable[float], per_decade: int = 4) -> tuple[float, ...]:
+    return tuple(10 ** (step / per_decade - 3) for step in steps)
+
+
+PROFILES = {
+    "quick": Profile(
+        {"digits": {"lenet5": (0,), "resnet8": (0,)}},
+        per_class=15,
+        finetune=50,
+        knobs={
+            "tiers": (2.2, 3, 4),
+            "uniform": (2, 3, 4, 5),
+            "layers": (1.5, 2, 3, 4, 5),
+            "rate-distortion": (0.003, 0.01, 0.03),
+            "Sequential": (0.01, 0.03),
+        },
+        special={},
+        kept={"": (0.4, 0.15)},
+    ),
+    "paper": Profile(
+        {
+            "mnist": {"lenet300": (0, 1, 2), "lenet5": (0, 1, 2)},
+            "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
+        },
+        per_class=50,
+        finetune=300,
+        knobs={
+            "tiers": (2.2, 3, 4),
+            "uniform": (2, 3, 4, 5),
+            "layers": (1, 2, 3, 4),
+            "rate-distortion": _prices(range(9)),
+            "Sequential": _prices(range(7, 26, 2), 12),
+        },
+        special={
+            "resnet20": {
+                "tiers": (3, 4, 5),
+                "uniform": (3, 4, 5, 6),
+                "layers": (3, 3.5, 4, 5, 6),
+                "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
+                "Sequential": _prices(range(6, 14), 8),
+            },
+            "vgg16": {
+                "tiers": (2.2, 3),
+                "uniform": (4, 5, 6),
+                "layers": (2, 2.5, 3, 4),
+                "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
+                "Sequential": _prices((6, 7.5, 9, 10.5, 12), 8),
+            },
+        },
+        kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
+        optimisers={"vgg16": "adam-slow"},
+        slow=("vgg16",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One base network: data set, model, seed."""
+
+    dataset: str
+    model: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.dataset}-{self.model}-s{self.seed}"
+
+
+def cases(profile: Profile, datasets: str = "", seed: int = 0) -> list[Case]:
+    """The base networks of a profile.
+
+    Parameters
+    ----------
+    profile : Profile
+        Its own data sets, unless others are named.
+    datasets : str
+        Comma-separated names, such as ``mnist`` or, for one network only,
+        ``cifar10-jpeg/resnet20``.
+    seed : int
+        Added to the profile's seeds.
+
+    Raises
+    ------
+    ValueError
+        Unknown data set or network; the message lists the known ones.
+    """
+    chosen = datasets.split(",") if datasets else profile.networks
+    return [
+        Case(name.partition("/")[0], model, seed + offset)
+        for name in chosen
+        for model, seeds in _networks(profile, *name.split("/", 1)).items()
+        for offset in seeds
+    ]
+
+
+def _networks(profile: Profile, dataset: str, model: str = "") -> dict[str, tuple[int, ...]]:
+    """Seeds by model: the profile's, else those of some profile for data of the same kind."""
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
+    trained = {name: (0,) for data, name in SCHEDULES if data == kind(dataset)}
+    networks = trained
+    for known in (*PROFILES.values(), profile):
+        for name, models in known.networks.items():
+            if kind(name) == kind(dataset):
+                networks = models
+    if not model:
+        return networks
+    if model not in trained | networks:
+        known_names = ", ".join(trained | networks)
+        raise ValueError(f"unknown network {model!r} of {dataset}; known: {known_names}")
+    return {model: (trained | networks)[model]}

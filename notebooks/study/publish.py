@@ -1,0 +1,162 @@
+"""Tables in Markdown, written from ``results/`` so that no number in them is typed by hand."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from .data import ROOT
+from .records import cost, read_claims, write
+from .tables import NETWORK, text
+from .verdicts import HOLDS, OPEN, overview
+
+README = ROOT / "README.md"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of texts as Markdown, without its index."""
+    safe = table.astype(str).replace({r"\|": r"\\|"}, regex=True)
+    padded = safe.to_markdown(index=False, tablefmt="pipe", disable_numparse=True)
+    return re.sub(r"-{2,}", "-", re.sub(r" {2,}", " ", padded))  # for the eye of a renderer only
+
+
+def claims_text(results: Path) -> str:
+    """All claims of a profile, reading by reading: the content of its ``CLAIMS.md``."""
+    claims = read_claims(results)
+    counts = {v: sum(c["verdict"] == v for c in claims) for v in (HOLDS, OPEN, "fails")}
+    return (
+        f"# Claims, reading by reading: profile {results.name}\n\n"
+        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts['fails']} "
+        "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
+        "over seeds contains the threshold, and more seeds could decide either way. A claim of one "
+        "seed is decided by its value. Written from `claims-*.json` by "
+        "`python -m study claims`.\n\n" + claims_table(claims) + "\n"
+    )
+
+
+def claims_table(claims: list[dict]) -> str:
+    """Claims as a Markdown table, a column for each network.
+
+    Claims about networks from elsewhere name them beside the sentence.
+    """
+    networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
+    rows: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for claim in claims:
+        network = re.sub(r"-s\d+$", "", claim["where"])
+        elsewhere = "" if network in networks else f" ({network})"
+        key = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
+        cells = rows.setdefault(key, {})
+        column = networks[0] if elsewhere else network
+        if column in cells:
+            raise ValueError(f"two results of {key} for {column}")
+        cells[column] = claim
+    lines = []
+    for (identifier, sentence, notebook), found in rows.items():
+        goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
+        cells = [_result(found.get(network), len(goals) > 1) for network in networks]
+        lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
+    head = ["", "claim", "expected", *networks, "notebook"]
+    return markdown(pd.DataFrame(lines, columns=head))
+
+
+def _result(claim: dict | None, with_goal: bool) -> str:
+    """What was measured, marked by its verdict; with its goal where goals differ."""
+    if claim is None:
+        return ""
+    mark = {HOLDS: "", OPEN: "*"}.get(claim["verdict"], "**")
+    said = f"{mark}{claim['ours']}{mark}"
+    return f"{said} (expected: {claim['expected']})" if with_goal else said
+
+
+def write_claims(results: Path) -> None:
+    """Write a profile's ``CLAIMS.md``."""
+    write(results / "CLAIMS.md", claims_text(results))
+
+
+def verdicts_table(results: Path) -> str:
+    """How many readings of each claim hold, a column for each network."""
+    table = overview(pd.DataFrame(read_claims(results)))
+    return markdown(table.rename(columns={"id": ""}))
+
+
+def files_table(results: Path) -> str:
+    """The smallest file of each recipe within one point, from ``headline-smallest.csv``."""
+    table = pd.read_csv(results / "headline-smallest.csv")
+    recipes = list(dict.fromkeys(table["recipe"]))
+    columns = {"": ["base network", *recipes]}
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        floats = (part["ratio"] * part["file_bytes"]).mean() / 1000
+        seeds = part["seed"].nunique()
+        column = columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = []
+        base = text(part.groupby("seed")["base_test_accuracy"].first(), 2, " %")
+        column.append(f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}")
+        for recipe in recipes:
+            rows = part[part["recipe"] == recipe]
+            if rows.empty:
+                column.append("–")
+                continue
+            size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
+            mark = "" if rows["reached"].all() else " †"
+            column.append(f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}")
+    return markdown(pd.DataFrame(columns))
+
+
+def _stored(results: Path, dataset: str, model: str) -> str:
+    """That a base network is itself kept in few bits, and its size, from ``bases.csv``."""
+    path = results / "bases.csv"
+    bases = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["stored bits"])
+    for row in bases[bases.get("stored bits", pd.Series(dtype=int)) < 32].to_dict("records"):
+        if (row["dataset"], row["model"]) == (dataset, model):
+            return f" (kept in {row['stored bits']} bits: {row['stored bytes'] / 1000:,.0f} kB)"
+    return ""
+
+
+def cost_table(results: Path) -> str:
+    """What the runs took, from their records."""
+    table = cost(results / "runs")
+    columns = {
+        "network": table["dataset"] + "-" + table["model"],
+        **table[["seeds", "runs"]],
+        "core hours": table["core hours"].map("{:.1f}".format),
+        "processor": table["processor"],
+    }
+    return markdown(pd.DataFrame(columns))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "verdicts": verdicts_table,
+    "files": files_table,
+    "cost": cost_table,
+}
+"""Of the README, by the word in their markers."""
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """The README's text with every block between markers written anew.
+
+    Parameters
+    ----------
+    text : str
+        Holds ``<!-- KIND: FOLDER -->`` with a key of ``TABLES`` and a folder of ``results/``, then
+        ``<!-- end -->``.
+    root : Path
+        Folder of ``results/``.
+
+    Returns
+    -------
+    str
+    """
+
+    def block(match: re.Match) -> str:
+        what = match["what"]
+        table = TABLES[match["kind"]](root / "results" / what)
+        return f"<!-- {match['kind']}: {what} -->\n\n{table}\n\n<!-- end -->"
+
+    pattern = rf"<!-- (?P<kind>{'|'.join(TABLES)}): (?P<what>\w+) -->.*?<!-- end -->"
+    return re.sub(pattern, block, text, flags=re.S)
+
+
+def update() -> None:
+    """Fill the README in place."""
+    write(README, filled(README.read_text()))

@@ -1,0 +1,110 @@
+"""What a profile's notebooks write, and read from each other: tables, claims, figures, models."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from .data import ROOT
+from .records import read_claims, write
+from .tables import Table
+from .verdicts import Claim
+
+LEDGER = "STUDY_LEDGER"
+"""Environment variable: a file in which each path that is written is noted, a line each."""
+
+
+class Results:
+    """The folders ``results/<name>`` and ``figures/<name>``; every file is written whole.
+
+    Parameters
+    ----------
+    name : str
+        Of the profile, and of what differs from it. The folders' parents are the checkout's
+        unless ``RESULTS_ROOT`` and ``FIGURES_ROOT`` say otherwise.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.results = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / name
+        self.figures = Path(os.environ.get("FIGURES_ROOT", ROOT / "figures")) / name
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write ``results/<profile>/<name>.csv``."""
+        self._write(self.results / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+
+    def save_claims(self, notebook: str, claims: list[Claim]) -> Table:
+        """Write a notebook's claims to ``results/<profile>/claims-<notebook>.json``, and print."""
+        rows = [claim.row(notebook) for claim in claims]
+        path = self.results / f"claims-{notebook}.json"
+        self._write(path, json.dumps(rows, indent=1) + "\n")
+        # Near a threshold the verdict may differ between processors: the table shows it, and the
+        # tests of results compare it; the printed line is the same on every machine.
+        print(f"{len(claims)} claims tested: {', '.join(dict.fromkeys(c.id for c in claims))}")
+        return Table(pd.DataFrame(rows).drop(columns=["notebook", "holds", "seeds"]))
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        """Read what ``save_table`` wrote; the message of its error says which notebook to run."""
+        path = self.results / f"{name}.csv"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: make reproduce PROFILE={self.name}")
+        return pd.read_csv(path)
+
+    def load_claims(self) -> pd.DataFrame:
+        """All claims of the profile, in the order of their notebooks."""
+        return pd.DataFrame(read_claims(self.results))
+
+    def save_figure(self, name: str, figure) -> None:
+        """Write ``figures/<profile>/<name>.png``, the same bytes for the same picture."""
+        self.figures.mkdir(parents=True, exist_ok=True)
+        partial = self.figures / f".{name}.png"
+        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata={"Software": None})
+        partial.replace(self.figures / f"{name}.png")
+        self._note(self.figures / f"{name}.png")
+
+    def replace_models(self, pairs: dict[str, tuple[Path, Path]]) -> None:
+        """Make ``models`` hold these and no others, record and file of each.
+
+        The whole folder is exchanged: a record never stands beside another run's file, wherever
+        this stops.
+
+        Parameters
+        ----------
+        pairs : dict of str to tuple of Path
+            By name the record and the file to copy.
+        """
+        folder, new, old = self._model_folders()
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name, sources in pairs.items():
+            for source in sources:
+                shutil.copyfile(source, new / f"{name}{source.suffix}")
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            self.recover_models()
+        for path in sorted(folder.iterdir()):
+            self._note(path)
+
+    def recover_models(self) -> None:
+        """Put back what was set aside if ``replace_models`` stopped between its two steps."""
+        folder, _, old = self._model_folders()
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _model_folders(self) -> tuple[Path, Path, Path]:
+        return tuple(self.results / name for name in ("models", ".models.new", ".models.old"))
+
+    def _write(self, path: Path, text: str) -> None:
+        write(path, text)
+        self._note(path)
+
+    def _note(self, path: Path) -> None:
+        if ledger := os.environ.get(LEDGER):
+            with open(ledger, "a") as file:
+                file.write(f"{path}\n")

@@ -1,0 +1,298 @@
+"""Studies: one profile's base networks, runs that are not computed twice, tables and figures."""
+
+import json
+import os
+import pickle
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib import Compressed, Recipe
+from lib.compress import encode, prepare, remove
+from lib.files import write_bytes
+from lib.finetune import evaluate
+from lib.relevance import scored_weights
+
+from . import data, digests, jobs
+from .bases import base, checkpoint, is_trained
+from .data import sample, split
+from .jobs import Job
+from .profiles import PROFILES, Case, cases
+from .records import STORES, address, base_address, provenance, write_json
+from .results import Results
+
+LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
+
+
+class Study(Results):
+    """All that the notebooks share: one profile's cases, networks, runs, tables and figures.
+
+    Parameters
+    ----------
+    profile : str
+        A key of ``PROFILES``.
+    datasets : str
+        Comma-separated names that replace the profile's data sets, such as ``mnist`` or, for one
+        network only, ``cifar10-jpeg/resnet20``; data sets not in the profile get the networks of
+        their kind. Empty: the profile's own.
+    seed : int
+        Added to the profile's seeds. Other seeds than the profile's write to folders of their own,
+        ``results/<profile>-seed<seed>``.
+    per_class : int
+        Reference images of each class; zero: the profile's. Other numbers write to folders of
+        their own too, ``results/<profile>-images<per_class>``.
+
+    Raises
+    ------
+    ValueError
+        Unknown profile, data set or network; the message lists the known ones.
+    """
+
+    def __init__(
+        self, profile: str = "quick", datasets: str = "", seed: int = 0, per_class: int = 0
+    ):
+        if profile not in PROFILES:
+            raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+        self.profile = PROFILES[profile]
+        self.cases = cases(self.profile, datasets, seed)
+        per_class = 0 if per_class == self.profile.per_class else per_class
+        self.per_class = per_class or self.profile.per_class
+        seeded = f"-seed{seed}" if seed else ""
+        super().__init__(f"{profile}{seeded}" + (f"-images{per_class}" if per_class else ""))
+        if self.name != profile:
+            print(f"not the {profile} profile's own: written to {self.results.name}/")
+        # What the paper profile computes in hours is kept and committed, run by run; the quick
+        # profile computes anew whenever the code changes.
+        self.kept_beside_tables = profile == "paper"
+        self.scratch = data.CACHE / self.name
+        anew = self.scratch / digests.of_code()[:16]
+        store = self.results if self.kept_beside_tables else anew
+        if profile == "quick":
+            torch.set_num_threads(1)  # the order of sums, and so the outputs, are the same anywhere
+        self.checkpoints, self.runs = store / "checkpoints", store / "runs"
+        self.accuracies = store / "accuracies"
+        self.home = store.parent / profile / "checkpoints" if self.kept_beside_tables else None
+        self._states: dict[Case, str] = {}
+        self.scratch.mkdir(parents=True, exist_ok=True)
+
+    def first(self, model: str) -> Case:
+        """The first case of a model, or the first of all where the profile has none of it."""
+        return next((case for case in self.cases if case.model == model), self.cases[0])
+
+    def kept(self, model: str) -> tuple[float, ...]:
+        """Shares of weights kept of a model, for comparing criteria; largest first."""
+        return self.profile.kept.get(model, self.profile.kept[""])
+
+    def base(self, case: Case, progress: bool = True) -> nn.Module:
+        """The trained base network of a case; trained now if it was not before."""
+        folder = self._folder(case)
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, os.cpu_count()))  # training alone uses all cores
+        try:
+            return base(case.dataset, case.model, case.seed, folder, progress)
+        finally:
+            torch.set_num_threads(threads)
+
+    def checkpoint(self, case: Case) -> Path:
+        """The file of a case's base network."""
+        return checkpoint(*astuple(case), self._folder(case))
+
+    def _folder(self, case: Case) -> Path:
+        if self.home and not is_trained(*astuple(case), self.checkpoints):
+            # other reference images need no other network
+            return self.home if is_trained(*astuple(case), self.home) else self.checkpoints
+        return self.checkpoints
+
+    def base_accuracy(self, case: Case, part: str) -> float:
+        """Accuracy of a case's base network on a split, in percent; measured once."""
+        name = base_address(self._state(case), case.dataset, part)
+        path = self.accuracies / str(case) / f"{name}.json"
+        if not path.exists():
+            start, network = time.perf_counter(), self.base(case).to(jobs.device())
+            accuracy = evaluate(network, *split(case.dataset, part))
+            row = asdict(case) | {"split": part, "accuracy": accuracy}
+            write_json(path, row | {"provenance": provenance(start)})
+        return json.loads(path.read_text())["accuracy"]
+
+    def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
+        """Reference images and labels of a case, drawn from its training split."""
+        return sample(*split(case.dataset, "train"), per_class or self.per_class, case.seed)
+
+    def sweep(
+        self,
+        recipes: dict[str, Recipe],
+        knobs: dict[str, Iterable[float]] | None = None,
+        cases: list[Case] | None = None,
+        per_class: int | None = None,
+        as_given: bool = False,
+    ) -> pd.DataFrame:
+        """Run recipes on cases; a run whose result is there is not done again.
+
+        Parameters
+        ----------
+        recipes : dict of str to Recipe
+            By the name that they have in tables.
+        knobs : dict of str to iterable of float, optional
+            For each quantizer (a value of ``records.STORES``), settings of its knob that replace
+            the recipe's own, and give way to those that the profile has for a model.
+        cases : list of Case, optional
+            All of the profile's by default.
+        per_class : int, optional
+            Reference images of each class; the study's by default.
+        as_given : bool
+            Keep the recipes' optimisers where the profile has another for a model.
+
+        Returns
+        -------
+        DataFrame
+            A row per run: dataset, model, seed, recipe, knob, per_class, density, file_bytes,
+            ratio (float32 ``state_dict`` bytes over ``file_bytes``), bits (of the file per
+            weight), val_accuracy and test_accuracy of the model loaded from the file, and the base
+            network's (percent).
+        """
+        cases = self.cases if cases is None else cases
+        images = per_class or self.per_class
+        for case in cases:
+            self.base(case)
+        rows = [
+            (name, case, variant)
+            for case in cases
+            for name, recipe in recipes.items()
+            for variant in self._variants(
+                case, recipe if as_given else self._own(case, recipe), knobs or {}
+            )
+        ]
+        missing = {
+            path: (case, variant)
+            for _, case, variant in rows
+            if not (path := self._path(case, variant, images)).exists()
+        }
+        self._run(missing, images)
+        records = [
+            {"recipe": name} | json.loads(self._path(case, variant, images).read_text())
+            for name, case, variant in rows
+        ]
+        columns = ["dataset", "model", "seed", "recipe"]
+        table = pd.DataFrame(records).drop(columns="provenance")
+        return table[columns + [name for name in table if name not in columns]]
+
+    def _run(self, missing: dict[Path, tuple[Case, Recipe]], per_class: int) -> None:
+        """Do runs, by the paths of their records; here alone results are written."""
+        asked, paths, networks = [], [], {}
+        for case, variants in jobs.grouped(missing):
+            accuracies = {
+                f"base_{p}_accuracy": self.base_accuracy(case, p) for p in ("val", "test")
+            }
+            code = digests.of_code()
+            asked.append(Job(case, per_class, tuple(variants.values()), accuracies, code))
+            paths.append(list(variants))
+            if case not in networks:
+                networks[case] = pickle.dumps(self.base(case))
+        finished = jobs.done(asked, networks)
+        for place, results in tqdm(finished, total=len(asked), desc="recipes", disable=not asked):
+            for path, (record, content) in zip(paths[place], results, strict=True):
+                file = self._file(path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(file, content)
+                write_json(path, record)
+
+    def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
+        name, values = STORES.get(type(recipe.store)), [recipe.store.value]
+        if name in knobs:
+            values = self.profile.special.get(case.model, {}).get(name, knobs[name])
+        return [recipe.at(float(value)) for value in values]
+
+    def _own(self, case: Case, recipe: Recipe) -> Recipe:
+        """The recipe with the optimiser that the profile has for a case's model."""
+        repair = recipe.repair
+        if not repair.finetune or repair.optimiser != type(repair).optimiser:
+            return recipe
+        own = self.profile.optimisers.get(case.model, repair.optimiser)
+        return replace(recipe, repair=replace(repair, optimiser=own))
+
+    def compressed(self, case: Case, recipe: Recipe) -> Compressed:
+        """The file of a run where it is still there; else the network is compressed anew."""
+        record = self._path(case, recipe, self.per_class)
+        if record.exists() and self._file(record).exists():
+            return Compressed.load(self._file(record))
+        images, train = self.references(case), split(case.dataset, "train")
+        removed = remove(self.base(case), *images, recipe, train, case.seed)
+        return encode(prepare(removed, *images, recipe), recipe)
+
+    def _path(self, case: Case, recipe: Recipe, per_class: int) -> Path:
+        name = address(recipe, per_class, self._state(case))
+        return self.runs / str(case) / f"{name}.json"
+
+    def _state(self, case: Case) -> str:
+        """Digest of a case's base network: a run of another network is another run."""
+        if case not in self._states:
+            self._states[case] = digests.of_tensors(self.base(case).state_dict().values())
+        return self._states[case]
+
+    def _file(self, record: Path) -> Path:
+        return self.scratch / "files" / record.relative_to(self.runs).with_suffix(".xaic")
+
+    def bits_per_layer(self, recipes: dict[str, Recipe]) -> pd.DataFrame:
+        """Bits that each layer's weights take in the file, for the first case of each network.
+
+        Parameters
+        ----------
+        recipes : dict of str to Recipe
+            By the name in the table.
+
+        Returns
+        -------
+        DataFrame
+            dataset, model, recipe, layer, bits.
+        """
+        rows = []
+        for case in (c for c in self.cases if c.seed == self.cases[0].seed):
+            weights, where = scored_weights(self.base(case)), asdict(case)
+            del where["seed"]
+            for name, recipe in recipes.items():
+                for layer in self.compressed(case, recipe).summary():
+                    if layer.layer in weights:
+                        told = {"layer": layer.layer, "bits": layer.bits}
+                        rows.append(where | {"recipe": name} | told)
+        return pd.DataFrame(rows)
+
+    def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
+        """Keep the files of chosen runs of the first seed, each beside its record, and no others.
+
+        Files above ``LARGEST_KEPT`` are left out: they would swell the repository.
+
+        Parameters
+        ----------
+        best : DataFrame
+            Of ``tables.smallest_files``.
+        recipes : dict of str to Recipe
+            Those of which files are kept.
+        """
+        self.recover_models()
+        chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
+        pairs = {}
+        for row in chosen[chosen["file_bytes"] <= LARGEST_KEPT].itertuples():
+            case = Case(row.dataset, row.model, row.seed)
+            recipe = self._own(case, recipes[row.recipe]).at(row.knob)
+            record = self._path(case, recipe, row.per_class)
+            name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
+            kept = self.results / "models" / f"{name}.json"
+            if not (kept.exists() and kept.read_text() == record.read_text()):
+                if not self._file(record).exists():
+                    self._run({record: (case, recipe)}, row.per_class)
+                pairs[name] = record, self._file(record)
+            else:
+                pairs[name] = kept, kept.with_suffix(".xaic")
+        ours = tuple(f"{case}-" for case in self.cases)
+        for path in (self.results / "models").glob("*.*"):
+            file = path.with_suffix(".xaic")
+            if path.suffix == ".json" and file.exists() and not path.name.startswith(ours):
+                pairs[path.stem] = path, file
+        self.replace_models(pairs)

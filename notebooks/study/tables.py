@@ -1,0 +1,125 @@
+"""From tables of runs to operating points: means, intervals, smallest files."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+NETWORK = ["dataset", "model"]
+
+
+def interval(values: Iterable[float]) -> float:
+    """Half width of the 95 % interval of a mean (Student's t); NaN for a single value."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def text(values: Iterable[float], digits: int = 1, unit: str = "") -> str:
+    """A mean with its interval, such as ``12.3 ± 0.4 %``."""
+    values = list(values)
+    half = interval(values)
+    spread = "" if np.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{np.mean(values):.{digits}f}{spread}{unit}"
+
+
+def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means over seeds, with the interval of the test accuracy.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of ``Study.sweep``.
+    by : list of str
+        Columns that make one row.
+
+    Returns
+    -------
+    DataFrame
+        ``by``, kept (%), file bytes, ratio, validation and test accuracy and points lost (%).
+    """
+    lost = table["base_test_accuracy"] - table["test_accuracy"]
+    groups = table.assign(lost=lost).groupby(by, sort=False)
+    return pd.DataFrame(
+        {
+            "seeds": groups["seed"].nunique(),
+            "kept (%)": 100 * groups["density"].mean(),
+            "file bytes": groups["file_bytes"].mean(),
+            "ratio": groups["ratio"].mean(),
+            "val accuracy": groups["val_accuracy"].mean(),
+            "test accuracy": groups["test_accuracy"].mean(),
+            "±": groups["test_accuracy"].agg(interval),
+            "points lost": groups["lost"].mean(),
+        }
+    ).reset_index()
+
+
+def smallest_files(tables: Iterable[pd.DataFrame], max_drop: float) -> pd.DataFrame:
+    """The smallest file of each recipe that loses little on the validation split.
+
+    Parameters
+    ----------
+    tables : iterable of DataFrame
+        Of ``Study.sweep``.
+    max_drop : float
+        Points of validation accuracy that may be lost against the base network.
+
+    Returns
+    -------
+    DataFrame
+        A row for each dataset, model, seed and recipe; ``reached`` is False, and the most accurate
+        file stands in, where every file loses more.
+    """
+    table = pd.concat(tables).drop_duplicates([*NETWORK, "seed", "recipe", "knob"])
+    drop = table["base_val_accuracy"] - table["val_accuracy"]
+    table = table.assign(reached=drop <= max_drop + 1e-9)
+    chosen = [
+        part[part["reached"]].nsmallest(1, "file_bytes")
+        if part["reached"].any()
+        else part.nlargest(1, "val_accuracy")
+        for _, part in table.groupby([*NETWORK, "seed", "recipe"], sort=False)
+    ]
+    return pd.concat(chosen).reset_index(drop=True)
+
+
+def operating_points(best: pd.DataFrame) -> pd.DataFrame:
+    """Average ``smallest_files`` over seeds, for a table.
+
+    Parameters
+    ----------
+    best : DataFrame
+        Of ``smallest_files``.
+
+    Returns
+    -------
+    DataFrame
+        As ``summarise``, with the share of seeds that reached the accuracy.
+    """
+    keys = [*NETWORK, "recipe"]
+    reached = best.groupby(keys, sort=False)["reached"].mean().map("{:.0%}".format)
+    return summarise(best, keys).merge(reached.reset_index(), on=keys, validate="one_to_one")
+
+
+class Table:
+    """A table for the eye: HTML in a notebook, whose numbers are tested in ``results/`` instead.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        What to show.
+    digits : int
+        Decimals of floating-point columns.
+    """
+
+    def __init__(self, frame: pd.DataFrame, digits: int = 2):
+        self.frame, self.digits = frame, digits
+
+    def __repr__(self):
+        rows, columns = self.frame.shape
+        return f"table of {rows} rows and {columns} columns"
+
+    def _repr_html_(self):
+        index = not isinstance(self.frame.index, pd.RangeIndex)
+        return self.frame.to_html(index=index, float_format=lambda x: f"{x:,.{self.digits}f}")

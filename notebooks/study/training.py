@@ -1,0 +1,177 @@
+"""Training of the base networks."""
+
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+from tqdm import tqdm
+
+from lib.files import write_bytes
+from lib.finetune import batches
+
+
+def pick_device() -> torch.device:
+    """The device to train on: a CUDA card where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def augment_crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to four pixels and mirror half of them (He et al. 2016).
+
+    Parameters
+    ----------
+    images : Tensor
+        [N, C, H, W]; pixels that move in from outside are zero.
+    generator : torch.Generator
+        On the CPU; source of all the draws.
+
+    Returns
+    -------
+    Tensor
+        [N, C, H, W].
+    """
+    n, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, n, 1), generator=generator).to(images.device)
+    flip = torch.rand((n, 1), generator=generator).to(images.device) < 0.5
+    rows = top + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(n, -1)
+    columns = left + torch.where(flip, width - 1 - columns, columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int = 128,
+    weight_decay: float = 5e-4,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    bfloat16: bool = False,
+    average: bool = False,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: str | None = None,
+) -> nn.Module:
+    """Train a network from where it stands, with SGD and a one-cycle or a constant learning rate.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place, on the device it is on.
+    images, labels : Tensor
+        float32 [N, C, H, W] and int64 [N].
+    epochs : int
+        Passes over the images.
+    lr : float
+        Highest learning rate of the cycle (Smith and Topin 2018), or the constant one;
+        Nesterov momentum 0.9.
+    batch_size : int
+        Images of a step.
+    weight_decay : float
+        L2 penalty of all parameters.
+    augment : callable, optional
+        (images, generator) -> images, applied to each batch.
+    bfloat16 : bool
+        Compute in bfloat16 where autocast deems it safe.
+    average : bool
+        Keep the learning rate constant, and return the mean of the weights after each step, with
+        BatchNorm's statistics estimated anew on one more pass over the images.
+    seed : int
+        Of order and augmentation.
+    checkpoint : Path, optional
+        File that holds the state after the last whole epoch; where it exists, training goes on
+        from there. The file is removed by the caller once the result is stored.
+    progress : str, optional
+        Label of a progress bar; none without it.
+
+    Returns
+    -------
+    nn.Module
+        The same model, in evaluation mode.
+
+    References
+    ----------
+    Polyak and Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992, and Izmailov
+    et al.: Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018,
+    algorithm 1: ``average``.
+    """
+    device = next(model.parameters()).device
+    model.train().to(memory_format=torch.channels_last)
+    images = images.to(device)
+    labels = labels.to(device)
+    steps = max(1, len(labels) // min(batch_size, len(labels)))
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    )
+    if average:
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+    else:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, max_lr=lr, total_steps=epochs * steps, pct_start=0.3
+        )
+    mean = AveragedModel(model) if average else None
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["epoch"]
+        if mean is not None:
+            mean.load_state_dict(state["mean"])
+
+    def passes(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
+        for index in batches(len(labels), batch_size, generator):
+            batch = images[index.to(device)]
+            batch = batch if augment is None else augment(batch, generator)
+            yield batch.contiguous(memory_format=torch.channels_last), labels[index.to(device)]
+
+    bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
+    for epoch in range(first, epochs):
+        for batch, wanted in passes(epoch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = F.cross_entropy(model(batch).float(), wanted)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            if mean is not None:
+                mean.update_parameters(model)
+            bar.update()
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            state = BytesIO()
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "mean": None if mean is None else mean.state_dict(),
+                    "epoch": epoch + 1,
+                },
+                state,
+            )
+            write_bytes(checkpoint, state.getvalue())
+    bar.close()
+    if mean is not None:
+        update_bn((batch for batch, _ in passes(epochs)), mean)
+        model.load_state_dict(mean.module.state_dict())
+    return model.to(memory_format=torch.contiguous_format).eval()

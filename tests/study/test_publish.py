@@ -1,0 +1,70 @@
+import re
+
+import pandas as pd
+import pytest
+
+from lib import RECIPES
+from study import publish
+from study.data import ROOT
+
+TEXT = publish.README.read_text()
+
+
+def test_the_tables_are_what_the_results_say():
+    assert publish.filled(TEXT) == TEXT
+    kinds = re.findall(r"<!-- (\w+): \w+ -->", TEXT)
+    assert set(kinds) >= set(publish.TABLES) and "| C1 " in TEXT
+
+
+def test_files_and_recipes_that_are_named_exist():
+    paths = re.findall(r"`((?:lib|notebooks|tests|results|figures)/[\w/.-]*)`", TEXT)
+    assert len(paths) > 8 and all((ROOT / path).exists() for path in paths)
+    assert all((ROOT / path).exists() for path in re.findall(r"\]\((figures/.*?)\)", TEXT))
+    assert set(re.findall(r"`(lrp-[\w-]+-rd)`", TEXT)) <= set(RECIPES)
+
+
+def test_targets_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make (\w+)", TEXT)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_claims_files_are_what_the_claims_say(profile):
+    results = ROOT / "results" / profile
+    assert (results / "CLAIMS.md").read_text() == publish.claims_text(results)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_a_method_that_was_not_run_on_a_network_leaves_its_cell_open(tmp_path):
+    row = {"seed": 0, "file_bytes": 1000, "ratio": 4.0, "test_accuracy": 90.0,
+           "base_test_accuracy": 91.0, "reached": True}  # fmt: skip
+    cases = [("a", "x", "one"), ("a", "x", "two"), ("b", "y", "one")]
+    names = ("dataset", "model", "recipe")
+    table = pd.DataFrame([dict(zip(names, case, strict=True)) | row for case in cases])
+    table.loc[1, "reached"] = False
+    table.to_csv(tmp_path / "headline-smallest.csv")
+    bases = [("a", "x", 32, 4000), ("b", "y", 8, 1500)]
+    columns = ["dataset", "model", "stored bits", "stored bytes"]
+    pd.DataFrame(bases, columns=columns).to_csv(tmp_path / "bases.csv")
+    lines = publish.files_table(tmp_path).splitlines()
+    assert cells(lines[0]) == ["", "a-x, 1 seed", "b-y, 1 seed"]
+    float32, in8 = "4 kB as float32, 91.00 %", "4 kB as float32 (kept in 8 bits: 2 kB), 91.00 %"
+    assert cells(lines[2]) == ["base network", float32, in8]
+    assert cells(lines[4]) == ["two", "1.0 kB (4.0x), 90.00 % †", "–"]
+
+
+def test_claims_that_are_open_or_fail_are_marked():
+    def claim(verdict, where, claim="s|t"):
+        return {"id": "B1", "claim": claim, "where": where, "expected": "1", "ours": "0.5",
+                "verdict": verdict, "notebook": "01-train"}  # fmt: skip
+
+    rows = [claim("holds", "a-x"), claim("open", "b-y"), claim("fails", "c-z")]
+    head, _, line = publish.claims_table(rows).splitlines()
+    assert cells(head) == ["", "claim", "expected", "a-x", "b-y", "c-z", "notebook"]
+    assert cells(line) == ["B1", r"s\|t", "1", "0.5", "*0.5*", "**0.5**", "`01`"]
+    with pytest.raises(ValueError, match="two results of"):
+        publish.claims_table([*rows, claim("holds", "a-x")])

@@ -1,0 +1,111 @@
+"""Coding layer after layer, against the equations solved anew layer by layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from lib.compress import compress, encode, prepare, remove
+from lib.moments import input_moments
+from lib.quantize import RateDistortion, energy, rate_distortion
+from lib.quantize.sequential import Sequential
+from lib.recipe import Recipe
+from lib.score import CRITERIA
+
+
+def chain(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 4))
+
+
+def by_hand(model, images, labels, price, ridge):
+    """The same by the equations: lstsq on stacked rows, means, no code shared but the coder's."""
+    layers = [model[0], model[2], model[4]]
+    units = CRITERIA["fisher"].units(model, images, labels)
+    moments = input_moments(model, images, centered=True)
+    damage = sum(
+        energy(layer.weight, moments[f"{i}.weight"], units[f"{i}.weight"])
+        for i, layer in zip((0, 2, 4), layers, strict=True)
+    ) / sum(layer.weight.numel() for layer in layers)
+    wanted, a, symbols = images.double(), images.double(), []
+    for i, layer in zip((0, 2, 4), layers, strict=True):
+        weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+        z = wanted @ weight.T + bias  # the dense layer's, from the dense network's inputs
+        ones = torch.cat([a, torch.ones(len(a), 1).double()], 1)
+        strength = (ridge * (a.square().sum(0).mean())) ** 0.5
+        tie = torch.cat([strength * torch.eye(a.shape[1]), torch.zeros(a.shape[1], 1)], 1).double()
+        rows = torch.cat([ones, tie])
+        goals = torch.cat([z, strength * weight.T])
+        solution = torch.linalg.lstsq(rows, goals).solution  # [d + 1, units]
+        centred = a - a.mean(0)
+        code = rate_distortion(
+            solution[:-1].T.float(),
+            second_moment=(centred.T @ centred / len(a)).float(),
+            unit_weight=units[f"{i}.weight"],
+            lam=price * damage,
+        )
+        weight = code.decode().double()
+        bias = (z - a @ weight.T).mean(0)
+        symbols.append(code.symbols)
+        a, wanted = (a @ weight.T + bias.half().double()).relu(), z.relu()
+    return symbols
+
+
+def test_the_equations_solved_by_hand_give_the_same_symbols():
+    model, images = chain().eval(), torch.randn(200, 12) @ torch.randn(12, 12)
+    labels = model(images).argmax(1)
+    recipe = Recipe(store=Sequential("fisher", price=0.02, ridge=0.05))
+    found = compress(model, images, labels, recipe)
+    for name, symbols in zip(("0", "2", "4"), by_hand(model, images, labels, 0.02, 0.05),
+                             strict=True):  # fmt: skip
+        different = (found[f"{name}.weight"].symbols != symbols).float().mean()
+        assert different < 0.03  # ties between two symbols of equal cost, settled by rounding
+
+
+def test_the_unit_of_damage_is_that_of_coding_all_at_once(trained, references):
+    plain, ordered = (Recipe(store=kind("fisher")) for kind in (RateDistortion, Sequential))
+    removed = remove(trained, *references, plain)
+    measured = [prepare(removed, *references, recipe).details.damage for recipe in (plain, ordered)]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-3)
+
+
+def test_nearly_free_bits_keep_the_function(trained, references):
+    recipe = Recipe(store=Sequential("alike", price=1e-9))
+    loaded = compress(trained, *references, recipe).to_model(trained).eval()
+    expected = trained(references[0])
+    assert (loaded(references[0]) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_outputs_drift_less_than_when_all_layers_are_coded_at_once(trained, references):
+    errors = []
+    for kind in (RateDistortion, Sequential):
+        recipe = Recipe(store=kind("alike", price=0.02))
+        removed = remove(trained, *references, recipe)
+        compressed = encode(prepare(removed, *references, recipe), recipe)
+        with torch.no_grad():
+            error = compressed.to_model(trained).eval()(references[0]) - trained(references[0])
+        errors.append(float(error.square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_removed_weights_stay_removed_and_layers_called_twice_are_stored(references):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.flat, self.first = nn.Flatten(), nn.Linear(784, 20)
+            self.shared, self.last = nn.Linear(20, 20), nn.Linear(20, 10)
+
+        def forward(self, x):
+            x = self.first(self.flat(x)).relu()
+            return self.last(self.shared(self.shared(x).relu()).relu())
+
+    from lib.prune import KeepTop
+
+    model = Twice().eval()
+    recipe = Recipe(KeepTop("magnitude", density=0.3), store=Sequential("alike"))
+    removed = remove(model, *references, recipe)
+    compressed = encode(prepare(removed, *references, recipe), recipe)
+    state = compressed.state_dict()
+    for name, mask in removed.masks.items():
+        assert (state[name][~mask] == 0).all() and (state[name][mask] != 0).any()
+    assert compressed["shared.weight"].symbols.abs().max() <= 127
