@@ -24,15 +24,20 @@ class Equations:
         float64 [groups, rows, D], (wanted - output) times the patches.
     images : int
         How many were seen.
+    shift : Tensor
+        float32 [groups, d, 1], subtracted from all patches: zeros, or with ``centre`` their mean in
+        the first images, so that inputs that hardly vary leave no rounding of either sign.
     """
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, centre: bool = False):
         width = layer.weight[0].numel() + 1
         groups = getattr(layer, "groups", 1)
         rows = len(layer.weight) // groups
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
         self.layer, self.images = layer, 0
         self.gram, self.missing = zeros(groups, width, width), zeros(groups, rows, width)
+        self.shift = layer.weight.new_zeros(groups, width - 1, 1)
+        self.centre = centre
 
     def add(self, inputs: Tensor, missing: Tensor, batch_size: int = 50) -> None:
         """See more images: the layer's inputs, and what is missing in its outputs.
@@ -41,9 +46,13 @@ class Equations:
         """
         for some, few in zip(inputs.split(batch_size), missing.split(batch_size), strict=True):
             patches = patches_of(self.layer, some)  # [groups, D, p]
+            if self.centre and not self.images:
+                self.shift = patches[:, :-1].mean(2, keepdim=True)
+            if self.centre:
+                patches[:, :-1] -= self.shift
             self.gram += (patches @ patches.mT).double()
             self.missing += (units_of(self.layer, few) @ patches.mT).double()
-        self.images += len(inputs)
+            self.images += len(some)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
         """Solve for the layer's kept weights and its bias, in place.
@@ -69,7 +78,8 @@ class Equations:
         change = torch.stack([_solve(*problem) for problem in solutions])  # [groups, rows, D]
         layer.weight.data += change[..., :inputs].reshape(layer.weight.shape).to(layer.weight.dtype)
         if layer.bias is not None:
-            layer.bias.data += change[..., -1].flatten().to(layer.bias.dtype)
+            moved = (change[..., :inputs] @ self.shift.double()).squeeze(2)  # by the weights
+            layer.bias.data += (change[..., -1] - moved).flatten().to(layer.bias.dtype)
 
     def moment(self) -> Tensor:
         """Second moment of the inputs, float64 [groups, d, d], a mean over images; see ``moments``.
@@ -82,7 +92,8 @@ class Equations:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
         groups = len(self.gram)
         weight = self.layer.weight.detach().double().reshape(groups, -1, self.gram.shape[-1] - 1)
-        total = (weight @ self.gram[:, :-1, -1:]).squeeze(2)
+        sums = self.gram[:, :-1, -1:] + self.shift.double() * self.gram[:, -1:, -1:]
+        total = (weight @ sums).squeeze(2)
         if self.layer.bias is None:
             return total
         return total + self.layer.bias.detach().double().reshape(groups, -1) * self.count

@@ -89,13 +89,15 @@ class _Probe(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         read = [self.names[id(t)] for t in _tensors((args, kwargs or {})) if id(t) in self.names]
-        if name != "__get__":
+        result = func(*args, **(kwargs or {}))
+        in_place = name.endswith("_") and not name.startswith("__") or name.startswith("__i")
+        same = bool(args) and result is args[0]
+        if name != "__get__" and (in_place or not same):  # dropout returns what it was given
             self.readers.update(read)
         if read and name in SUMS and not kwargs and _same_shape(args):
             self.sums.append(read)
-        result = func(*args, **(kwargs or {}))
-        if args and result is args[0]:
-            self.names.pop(id(result), None)  # changed in place: no longer what the layer gave
+        if same and in_place:
+            self.names.pop(id(result), None)  # no longer what the layer gave
         return result
 
 

@@ -78,6 +78,18 @@ def test_the_larger_of_two_branches_takes_back_the_drift_of_the_other(how):
     torch.testing.assert_close(seen[3][2], dense(images))
 
 
+def test_dropout_between_a_layer_and_the_sum_changes_nothing():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return x + self.drop(self.two(self.one(x).relu()))
+
+    assert plan(Dropped().eval(), torch.randn(3, 4)).branch_ends == {"two"}
+
+
 def test_an_output_that_something_else_reads_ends_no_branch():
     class Read(nn.Module):
         def __init__(self):

@@ -109,3 +109,29 @@ def test_removed_weights_stay_removed_and_layers_called_twice_are_stored(referen
     for name, mask in removed.masks.items():
         assert (state[name][~mask] == 0).all() and (state[name][mask] != 0).any()
     assert compressed["shared.weight"].symbols.abs().max() <= 127
+
+
+def test_inputs_that_hardly_vary_and_depthwise_layers_are_coded(references):
+    class Steady(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(1, 6, 3)
+            self.depth = nn.Conv2d(6, 6, 3, groups=6)
+            self.last = nn.Linear(6, 10)
+
+        def forward(self, x):
+            x = 100 + 1e-3 * self.first(x)
+            return self.last(self.depth(x).mean((2, 3)))
+
+    model = Steady().eval()
+    for recipe in (
+        Recipe(store=Sequential("alike")),
+        Recipe(store=Sequential("alike", price=1e-6)),
+    ):
+        removed = remove(model, *references, recipe)
+        found = encode(prepare(removed, *references, recipe), recipe).to_model(model)
+        with torch.no_grad():
+            expected = model(references[0])
+            error = found(references[0]) - expected
+        assert error.abs().max() < 1e-3 * expected.abs().max()

@@ -16,6 +16,7 @@ from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
+TRIES = 3  # dampings tried, each four times the one before
 
 
 @dataclass(frozen=True)
@@ -271,9 +272,15 @@ def _problem(
 
 def _triangular(moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Upper triangular M with M Mᵀ = H, the damped H, both [groups, d, d], and the damping."""
-    damping = (DAMPING * moment.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-30)[:, None]
-    damped = moment + torch.diag_embed(damping.expand(moment.shape[:2]))
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    damping = (DAMPING * mean).clamp(min=1e-30)
+    for _ in range(TRIES):
+        damped = moment + torch.diag_embed(damping.expand(moment.shape[:2]))
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        if not failed.any():
+            break
+        # Of few images, rounding may leave a moment with directions below zero.
+        damping = torch.where(failed[:, None] > 0, 4 * damping, damping)
     check(not failed.any(), "second_moment is not positive semidefinite")
     return factor.flip(1, 2), damped, damping
 

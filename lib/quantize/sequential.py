@@ -71,7 +71,8 @@ class Sequential(RateDistortion):
                 weight.copy_(codes[name].decode())
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
-            name, equations = f"{path}.weight", Equations(layer)
+            name = f"{path}.weight"
+            equations = Equations(layer, centre=layer.bias is not None)
             equations.add(a, wanted - z)
             total = equations.missing[..., -1] + equations.outputs()  # of what is wanted
             equations.refit(masks[name], self.ridge)
