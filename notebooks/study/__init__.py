@@ -5,9 +5,9 @@ From bottom to top; each module uses only those above it in this list:
 - ``data``, ``networks``, ``training``, ``bases``, ``profiles``: images, networks, how they are
   trained, how much of it
 - ``digests``, ``records``, ``tables``: where a run is found again, and what tables say of many
-- ``verdicts``, ``readings``, ``claims``: from tables to what holds
+- ``verdicts``, ``bdrate``, ``readings``, ``claims``: from tables to what holds
 - ``results``, ``jobs``, ``sweep``: files that are written, runs side by side, ``Study``
-- ``probes``, ``figures``, ``pictures``: what notebooks look at besides
+- ``probes``, ``drift``, ``figures``, ``pictures``: what notebooks look at besides
 - ``publish``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, the command line
 """
 

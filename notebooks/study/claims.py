@@ -1,20 +1,22 @@
 """The claims of each notebook, from what it measured; notebooks and ``make verify`` ask here."""
 
+import operator
 from collections.abc import Callable
 
 import pandas as pd
 
+from .bdrate import bd_table
 from .profiles import Case
 from .readings import (
     ablation_claims,
-    criterion_claims,
     headline,
     precision_claims,
     removal_claims,
     seeds_of,
     sign_claims,
+    size_claims,
 )
-from .tables import NETWORK, smallest_files
+from .tables import NETWORK
 from .verdicts import Claim, judge, single
 
 LRP = "lrp-epsilon/contrastive"
@@ -44,6 +46,23 @@ INGREDIENTS = {
     "relevance rather than random scores": "random scores",
 }
 """Of the reading that works, by what it is called: the recipe without it."""
+WAYS = {"the root of relevance": "lrp root", "relevance": "lrp"}
+"""Of weighing units by relevance: in words, and in the names of recipes of `06-beyond`."""
+CRITERIA = ("alike", "fisher", "fisher root")
+CONTROLS = ("shuffled root", "reversed")
+SEQUENTIAL = {
+    name: f"{name}, sequential" for name in (*WAYS.values(), *CRITERIA, *CONTROLS, "lrp, pruned")
+}
+"""Recipes that code all layers at once: the same layer after layer."""
+CONTRIBUTION = [
+    *((f"{ours}, sequential", f"{other}, sequential")
+      for ours in WAYS.values() for other in (*CRITERIA, *CONTROLS)),
+    *((f"{ours}, pruned, sequential", "alike, pruned, sequential") for ours in WAYS.values()),
+]  # fmt: skip
+"""Recipes that differ in how units are weighed alone."""
+BD_PAIRS = [*((sequential, name) for name, sequential in SEQUENTIAL.items()), *CONTRIBUTION]
+STANDARD = "nncodec"
+"""The standard coder's table, and what all its settings together are called: its best files."""
 
 
 def quickstart(case: Case, ratio: float, lost: float, identical: bool) -> list[Claim]:
@@ -111,15 +130,17 @@ def pruning(removal: pd.DataFrame, steps: int) -> list[Claim]:
     return claims
 
 
-def precision(best: pd.DataFrame) -> list[Claim]:
-    """C5, from the table ``precision-smallest``."""
+def precision(tiered: pd.DataFrame, distorted: pd.DataFrame) -> list[Claim]:
+    """C5, from the tables ``tiers`` and ``rate-distortion``."""
     claims = precision_claims(
-        best, TIERED, [*TIERS_CONTROLS, "uniform bits"], "tiers by |relevance|"
+        tiered, TIERED, [*TIERS_CONTROLS, "uniform bits"], "tiers by |relevance|"
     )
     for name, way in [(LRP, "relevance"), (f"root:{LRP}", "the root of relevance")]:
         controls = ("alike", f"shuffled:{name}", f"reversed:{LRP}")
         rivals = [*(f"units by {control}" for control in controls), "uniform bits"]
-        claims += precision_claims(best, f"units by {name}", rivals, f"rate-distortion by {way}")
+        claims += precision_claims(
+            distorted, f"units by {name}", rivals, f"rate-distortion by {way}"
+        )
     return claims
 
 
@@ -127,14 +148,74 @@ def against_baseline(table: pd.DataFrame, by_criterion: pd.DataFrame) -> list[Cl
     """C1, C2, C3 and C6, from the tables ``headline`` and ``criteria``."""
     everything = [*BASELINE, *BASELINE_REFITTED, *BASELINE_TUNED]
     refitted = [*BASELINE, *BASELINE_REFITTED]
-    criteria = smallest_files([by_criterion], max_drop=1.0)
+    rivals = [name for name in by_criterion["recipe"].unique() if "lrp" not in name]
+    pairs = {
+        f"{what} needs no larger file than {rival.removeprefix('units by ')}": (ours, rival)
+        for what, ours in [("relevance", f"units by {LRP}"),
+                           ("the root of relevance", f"units by root:{LRP}")]
+        for rival in rivals
+    }  # fmt: skip
     return [
         *headline(table, OURS, BASELINE, "neither trained"),
         *headline(table, OURS, refitted, "neither trained, baseline refitted"),
         *headline(table, [*OURS, *OURS_TUNED], everything, "both may be fine-tuned"),
-        *criterion_claims(criteria, f"units by {LRP}", "relevance"),
-        *criterion_claims(criteria, f"units by root:{LRP}", "the root of relevance"),
+        *size_claims(by_criterion, "C6", pairs),
     ]
+
+
+def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Claim]:
+    """L1, C5, C6 and C7, from the table ``sequential`` and, where there is one, ``nncodec``.
+
+    Parameters
+    ----------
+    table : DataFrame
+        All recipes of `06-beyond` with all settings.
+    read : callable
+        Name of a table -> table; a FileNotFoundError says that the standard coder was not run.
+    """
+    needs_less = {
+        f"coding layer after layer needs less than all at once ({name})": (sequential, name)
+        for name, sequential in SEQUENTIAL.items()
+        if name not in CONTROLS
+    }
+    claims = size_claims(table, "L1", needs_less, operator.lt)
+    for what, name in WAYS.items():
+        controls = [*(f"{other}, sequential" for other in ("alike", *CONTROLS)), "uniform bits"]
+        claims += precision_claims(
+            table, f"{name}, sequential", controls, f"layer after layer by {what}"
+        )
+    pairs = {}
+    for what, name in WAYS.items():
+        for pruned in ("", ", pruned"):
+            for other in CRITERIA if not pruned else CRITERIA[:1]:
+                end = f"{pruned}, sequential"
+                sentence = f"{what}, layer after layer{pruned}, needs no larger file than {other}"
+                pairs[sentence] = (f"{name}{end}", f"{other}{end}")
+    claims += size_claims(table, "C6", pairs)
+    try:
+        standard = read(STANDARD).assign(recipe=STANDARD)  # its settings together make one curve
+    except FileNotFoundError:
+        return claims
+    ours = {
+        f"no larger than NNCodec's files at equal accuracy ({name})": (name, STANDARD)
+        for name in ("lrp root, sequential", "lrp, pruned, sequential")
+    }
+    return claims + size_claims(pd.concat([table, standard]), "C7", ours)
+
+
+def answer(rates: pd.DataFrame) -> str:
+    """What `06-beyond` found, in a sentence, from ``bd_rates`` of its pairs."""
+    root = "lrp root, sequential"
+    told = bd_table(rates[rates["recipe"] == root]).set_index("against").drop(columns="recipe")
+
+    def by_network(against: str) -> str:
+        return "; ".join(f"{network} {said}" for network, said in told.loc[against].items())
+
+    return (
+        "BD-rate of coding layer after layer against all at once, units weighed by the root of "
+        f"relevance: {by_network('lrp root')}. Of the root of relevance against units weighed "
+        f"alike, both layer after layer: {by_network('alike, sequential')}."
+    )
 
 
 def ablations(rule: pd.DataFrame) -> list[Claim]:
@@ -172,13 +253,13 @@ def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict
         As ``Claim.row`` gives them; of notebooks that have claims in ``rows``.
     """
     where = next((row["where"] for row in rows if row["id"] == "R3"), "")
-    ways = ("tiers", "rate-distortion")
     made = {
         "01-train": lambda: base_networks(read("bases")),
         "02-relevance": lambda: [references(where, read("relevance-references"))],
         "03-pruning": lambda: pruning(read("removal"), steps),
-        "04-mixed-precision": lambda: precision(smallest_files(map(read, ways), max_drop=1.0)),
+        "04-mixed-precision": lambda: precision(read("tiers"), read("rate-distortion")),
         "05-xai-baseline": lambda: against_baseline(read("headline"), read("criteria")),
+        "06-beyond": lambda: beyond(read("sequential"), read),
         "07-ablations": lambda: ablations(read("ablation-rule")),
     }
     notebooks = dict.fromkeys(row["notebook"] for row in rows)

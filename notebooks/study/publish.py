@@ -29,9 +29,9 @@ def claims_text(results: Path) -> str:
         f"# Claims, reading by reading: profile {results.name}\n\n"
         f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts['fails']} "
         "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
-        "over seeds contains the threshold, and more seeds could decide either way. A claim of one "
-        "seed is decided by its value. Written from `claims-*.json` by "
-        "`python -m study claims`.\n\n" + claims_table(claims) + "\n"
+        "over seeds contains the threshold, and more seeds could decide either way, or curves have "
+        "too few losses in common. A claim of one seed is decided by its value. Written from "
+        "`claims-*.json` by `python -m study claims`.\n\n" + claims_table(claims) + "\n"
     )
 
 
@@ -81,8 +81,15 @@ def verdicts_table(results: Path) -> str:
 
 
 def files_table(results: Path) -> str:
-    """The smallest file of each recipe within one point, from ``headline-smallest.csv``."""
+    """The smallest file of each recipe within one point of validation accuracy.
+
+    From ``headline-smallest.csv`` and, where it is there, ``sequential-smallest.csv``.
+    """
     table = pd.read_csv(results / "headline-smallest.csv")
+    if (path := results / "sequential-smallest.csv").exists():
+        more = pd.read_csv(path)
+        in_order = more["recipe"].str.endswith("sequential") & (more["max_drop"] == 1)
+        table = pd.concat([table, more[in_order]])
     recipes = list(dict.fromkeys(table["recipe"]))
     columns = {"": ["base network", *recipes]}
     for (dataset, model), part in table.groupby(NETWORK, sort=False):

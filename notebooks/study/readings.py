@@ -1,15 +1,16 @@
-"""Readings: from tables of runs to claims about each network.
+"""Readings: from tables of runs, as of ``Study.sweep``, to claims about each network.
 
-Tables are those of ``Study.sweep``. Choices are made on the validation split; the numbers are those
-of the test split.
+Choices are made on the validation split; the numbers are those of the test split.
 """
 
 import operator
+from collections.abc import Callable
 
 import pandas as pd
 
-from .tables import NETWORK, text
-from .verdicts import FAILS, HOLDS, Claim, all_of, judge
+from .bdrate import bd_rates, bd_text, bd_verdict, differences
+from .tables import NETWORK, smallest_files, text
+from .verdicts import Claim, all_of, judge
 
 
 def seeds_of(part: pd.DataFrame) -> tuple[int, ...]:
@@ -111,18 +112,13 @@ def _point_worse(
     return claims
 
 
-def _spared(mine: pd.DataFrame, theirs: pd.DataFrame) -> pd.Series:
-    """Bytes by which the first's files are smaller, seed by seed."""
-    return (theirs.set_index("seed")["file_bytes"] - mine.set_index("seed")["file_bytes"]).dropna()
-
-
-def precision_claims(best: pd.DataFrame, ours: str, others: list[str], way: str) -> list[Claim]:
+def precision_claims(table: pd.DataFrame, ours: str, others: list[str], way: str) -> list[Claim]:
     """C5: at equal accuracy, allocation by score needs a smaller file than its controls.
 
     Parameters
     ----------
-    best : DataFrame
-        Of ``smallest_files``.
+    table : DataFrame
+        Of ``Study.sweep``, with all settings of the recipes' knobs.
     ours : str
         The recipe that allocates by score.
     others : list of str
@@ -133,74 +129,82 @@ def precision_claims(best: pd.DataFrame, ours: str, others: list[str], way: str)
     Returns
     -------
     list of Claim
-        One for each network.
+        One for each network that has ours, decided by BD-rate against the controls that it has.
     """
     claims = []
-    for (dataset, model), part in best.groupby(NETWORK, sort=False):
-        sizes = {name: rows for name, rows in part.groupby("recipe", sort=False)}
-        mine, found, said = sizes[ours], [], []
-        reached = bool(mine["reached"].all())
-        for name in others:
-            theirs = sizes[name]
-            if not theirs["reached"].all():
-                said.append(f"{name}: never")
-                continue
-            found.append(judge(_spared(mine, theirs), 0, operator.gt))
-            said.append(f"{name}: {text(theirs['file_bytes'] / 1000)} kB")
-        size = f"{text(mine['file_bytes'] / 1000)} kB" if reached else "never"
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        sizes = _sizes(part)
+        rivals = [name for name in others if name in sizes]
+        if ours not in sizes or not rivals:
+            continue
+        found = {name: differences(bd_rates(part, [(ours, name)])) for name in rivals}
+        said = [f"{name} {bd_text(each)} ({sizes[name]})" for name, each in found.items()]
         claims.append(
             Claim(
                 "C5",
-                f"more bits for higher scores make the smallest file within 1 point ({way})",
+                f"more bits for higher scores make the smallest file ({way})",
                 f"{dataset}-{model}",
-                "smaller than every control",
-                f"{size} ({'; '.join(said)})",
-                all_of(found) if reached else FAILS,
-                seeds_of(mine),
+                "BD-rate < 0 % against each control",
+                f"{sizes[ours]} within 1 point; against " + "; ".join(said),
+                all_of(bd_verdict(each) for each in found.values()),
+                seeds_of(part[part["recipe"] == ours]),
             )
         )
     return claims
 
 
-def criterion_claims(best: pd.DataFrame, ours: str, what: str) -> list[Claim]:
-    """C6: relevance against each other criterion in the same pipeline.
+def size_claims(
+    table: pd.DataFrame,
+    identifier: str,
+    pairs: dict[str, tuple[str, str]],
+    wanted: Callable[[float, float], bool] = operator.le,
+) -> list[Claim]:
+    """C6, C7, L1: one recipe's files against another's at equal accuracy.
 
     Parameters
     ----------
-    best : DataFrame
-        Of ``smallest_files``; every recipe but ``ours`` is a rival, unless it is another variant
-        of relevance (``lrp`` in its name).
-    ours : str
-        The recipe that uses relevance.
-    what : str
-        What it uses, in words.
+    table : DataFrame
+        Of ``Study.sweep``, with all settings of the recipes' knobs.
+    identifier : str
+        Such as ``C6``.
+    pairs : dict of str to tuple of str
+        By sentence the recipe that it is about and the other one; networks that lack one are
+        left out.
+    wanted : callable
+        ``operator.le`` for no larger, ``operator.lt`` for smaller.
 
     Returns
     -------
     list of Claim
-        One for each network and rival; it holds where ours is no larger within one point.
+        One for each network and pair, decided by BD-rate.
     """
-    claims = []
-    for (dataset, model), part in best.groupby(NETWORK, sort=False):
-        mine = part[part["recipe"] == ours]
-        for name, theirs in part.groupby("recipe", sort=False):
-            if name == ours or "lrp" in name:
-                continue
-            never = "" if theirs["reached"].all() else " (not within 1 point)"
-            verdict = HOLDS if never else judge(_spared(mine, theirs), 0)
-            claims.append(
-                Claim(
-                    "C6",
-                    f"{what} needs no larger file than {name.removeprefix('units by ')}",
-                    f"{dataset}-{model}",
-                    "no larger within 1 point",
-                    f"{text(mine['file_bytes'] / 1000)} kB; "
-                    f"{text(theirs['file_bytes'] / 1000)} kB{never}",
-                    verdict if mine["reached"].all() else FAILS,
-                    seeds_of(mine),
+    claims, goal = [], "<" if wanted is operator.lt else "<="
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        sizes = _sizes(part)
+        for sentence, pair in pairs.items():
+            if found := differences(bd_rates(part, [pair])):
+                size, other = (sizes[name] for name in pair)
+                claims.append(
+                    Claim(
+                        identifier,
+                        sentence,
+                        f"{dataset}-{model}",
+                        f"BD-rate {goal} 0 %",
+                        f"{bd_text(found)}; within 1 point {size}, the other {other}",
+                        bd_verdict(found, wanted),
+                        seeds_of(part[part["recipe"] == pair[0]]),
+                    )
                 )
-            )
     return claims
+
+
+def _sizes(table: pd.DataFrame) -> dict[str, str]:
+    """Of each recipe the smallest file within one point of validation accuracy, in words."""
+    best = smallest_files([table], max_drop=1.0)
+    return {
+        name: f"{text(rows['file_bytes'] / 1000)} kB" if rows["reached"].all() else "never"
+        for name, rows in best.groupby("recipe", sort=False)
+    }
 
 
 def headline(

@@ -64,8 +64,8 @@ class Results:
         partial.replace(self.figures / f"{name}.png")
         self._note(self.figures / f"{name}.png")
 
-    def replace_models(self, pairs: dict[str, tuple[Path, Path]]) -> None:
-        """Make ``models`` hold these and no others, record and file of each.
+    def replace_models(self, pairs: dict[str, tuple[Path, Path]], name: str = "models") -> None:
+        """Make the folder ``name`` hold these and no others, record and file of each.
 
         The whole folder is exchanged: a record never stands beside another run's file, wherever
         this stops.
@@ -74,8 +74,10 @@ class Results:
         ----------
         pairs : dict of str to tuple of Path
             By name the record and the file to copy.
+        name : str
+            ``models``, or another one that begins so.
         """
-        folder, new, old = self._model_folders()
+        folder, new, old = self._model_folders(name)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         for name, sources in pairs.items():
@@ -86,19 +88,19 @@ class Results:
                 folder.rename(old)
             new.rename(folder)
         finally:
-            self.recover_models()
+            self.recover_models(name)
         for path in sorted(folder.iterdir()):
             self._note(path)
 
-    def recover_models(self) -> None:
+    def recover_models(self, name: str = "models") -> None:
         """Put back what was set aside if ``replace_models`` stopped between its two steps."""
-        folder, _, old = self._model_folders()
+        folder, _, old = self._model_folders(name)
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _model_folders(self) -> tuple[Path, Path, Path]:
-        return tuple(self.results / name for name in ("models", ".models.new", ".models.old"))
+    def _model_folders(self, name: str) -> tuple[Path, Path, Path]:
+        return tuple(self.results / each for each in (name, f".{name}.new", f".{name}.old"))
 
     def _write(self, path: Path, text: str) -> None:
         write(path, text)

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 
 from . import data, digests
+from .claims import STANDARD
 from .data import ROOT
 from .records import write, write_json
 from .results import LEDGER
@@ -17,6 +18,8 @@ from .sweep import Study
 
 FOLDER = ROOT / "notebooks"
 LAST = "09-paper"  # reads what the others wrote
+READ = {LAST: ("*.csv", "claims-*.json"), "06-beyond": (f"{STANDARD}.csv",)}
+"""By notebook, patterns of the results that it reads and did not write."""
 
 
 def _path(study: Study, name: str) -> Path:
@@ -36,10 +39,9 @@ def _asked(study: Study, name: str, parameters: dict) -> str:
             raise ValueError(f"{name}.ipynb has no parameter {parameter}")
     for path in digests.sources():
         digest.update(path.read_bytes())
-    if name == LAST:
-        for pattern in ("*.csv", "claims-*.json"):
-            for path in sorted(study.results.glob(pattern)):
-                digest.update(f"{path.name} {digests.of_file(path)}".encode())
+    for pattern in READ.get(name, ()):
+        for path in sorted(study.results.glob(pattern)):
+            digest.update(f"{path.name} {digests.of_file(path)}".encode())
     return digest.hexdigest()
 
 

@@ -263,10 +263,10 @@ class Study(Results):
                         rows.append(where | {"recipe": name} | told)
         return pd.DataFrame(rows)
 
-    def save_models(self, best: pd.DataFrame, recipes: dict[str, Recipe]) -> None:
-        """Keep the files of chosen runs of the first seed, each beside its record, and no others.
-
-        Files above ``LARGEST_KEPT`` are left out: they would swell the repository.
+    def save_models(
+        self, best: pd.DataFrame, recipes: dict[str, Recipe], folder: str = "models"
+    ) -> None:
+        """Keep the chosen runs' files of the first seed up to ``LARGEST_KEPT``, and no others.
 
         Parameters
         ----------
@@ -274,8 +274,10 @@ class Study(Results):
             Of ``tables.smallest_files``.
         recipes : dict of str to Recipe
             Those of which files are kept.
+        folder : str
+            Begins with ``models``; each notebook has its own.
         """
-        self.recover_models()
+        self.recover_models(folder)
         chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
         pairs = {}
         for row in chosen[chosen["file_bytes"] <= LARGEST_KEPT].itertuples():
@@ -283,7 +285,7 @@ class Study(Results):
             recipe = self._own(case, recipes[row.recipe]).at(row.knob)
             record = self._path(case, recipe, row.per_class)
             name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
-            kept = self.results / "models" / f"{name}.json"
+            kept = self.results / folder / f"{name}.json"
             if not (kept.exists() and kept.read_text() == record.read_text()):
                 if not self._file(record).exists():
                     self._run({record: (case, recipe)}, row.per_class)
@@ -291,8 +293,8 @@ class Study(Results):
             else:
                 pairs[name] = kept, kept.with_suffix(".xaic")
         ours = tuple(f"{case}-" for case in self.cases)
-        for path in (self.results / "models").glob("*.*"):
+        for path in (self.results / folder).glob("*.*"):
             file = path.with_suffix(".xaic")
             if path.suffix == ".json" and file.exists() and not path.name.startswith(ours):
                 pairs[path.stem] = path, file
-        self.replace_models(pairs)
+        self.replace_models(pairs, folder)

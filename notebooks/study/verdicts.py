@@ -18,6 +18,8 @@ TITLES = {
     "C4s": "it is the sign of the score that finds them",
     "C5": "more bits for higher scores make the smallest file",
     "C6": "relevance needs no larger file than any other criterion",
+    "C7": "no file is larger than the standard coder's at equal accuracy",
+    "L1": "coding layer after layer needs less than all at once",
     "A1": "each ingredient of the reading that works is needed",
 }
 """What the claims about every network are about, in all their readings."""
@@ -42,7 +44,8 @@ class Claim:
     ours : str
         What was measured, with its 95 % interval where there are several seeds.
     verdict : str
-        ``holds``, ``fails``, or ``open``: the interval over seeds contains the threshold.
+        ``holds``, ``fails``, or ``open``: the interval over seeds contains the threshold, or curves
+        have too little in common.
     seeds : tuple of int
         Of the networks that were measured.
     """

@@ -20,7 +20,7 @@ def test_files_and_recipes_that_are_named_exist():
     paths = re.findall(r"`((?:lib|notebooks|tests|results|figures)/[\w/.-]*)`", TEXT)
     assert len(paths) > 8 and all((ROOT / path).exists() for path in paths)
     assert all((ROOT / path).exists() for path in re.findall(r"\]\((figures/.*?)\)", TEXT))
-    assert set(re.findall(r"`(lrp-[\w-]+-rd)`", TEXT)) <= set(RECIPES)
+    assert set(re.findall(r"`(lrp-[\w-]+-(?:rd|sequential))`", TEXT)) <= set(RECIPES)
 
 
 def test_targets_that_are_named_exist():
@@ -55,6 +55,16 @@ def test_a_method_that_was_not_run_on_a_network_leaves_its_cell_open(tmp_path):
     float32, in8 = "4 kB as float32, 91.00 %", "4 kB as float32 (kept in 8 bits: 2 kB), 91.00 %"
     assert cells(lines[2]) == ["base network", float32, in8]
     assert cells(lines[4]) == ["two", "1.0 kB (4.0x), 90.00 % †", "–"]
+    more = [("lrp, sequential", 1.0), ("lrp, sequential", 0.5), ("lrp", 1.0)]
+    recipes, drops = zip(*more, strict=True)
+    new = table.iloc[[0] * 3].assign(recipe=recipes, max_drop=drops, file_bytes=[500, 700, 900])
+    new["ratio"] = 4000 / new["file_bytes"]
+    new.to_csv(tmp_path / "sequential-smallest.csv")
+    again = publish.files_table(tmp_path).splitlines()
+    assert again[:5] == lines  # recipes that are in both tables stand there once
+    assert [cells(line) for line in again[5:]] == [
+        ["lrp, sequential", "0.5 kB (8.0x), 90.00 %", "–"]
+    ]
 
 
 def test_claims_that_are_open_or_fail_are_marked():

@@ -1,16 +1,18 @@
 import operator
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from study import claims
 from study.readings import (
     ablation_claims,
-    criterion_claims,
     headline,
     precision_claims,
     removal_claims,
     sign_claims,
+    size_claims,
 )
 from study.tables import interval, operating_points, smallest_files, summarise, text
 from study.verdicts import FAILS, HOLDS, OPEN, all_of, judge, overview
@@ -82,14 +84,35 @@ def test_removal_and_sign():
     assert claim.verdict == FAILS and claim.ours == "0.10 points worse"
 
 
+def _curves(factors, seed=0):
+    """Curves of three files each, which lose 0, 1 and 2 points, by recipe so many times larger."""
+    return _runs(
+        [
+            (name, lost, factor * size, 99.0 - lost, 98.0 - lost)
+            for name, factor in factors.items()
+            for lost, size in ((0, 4000), (1, 2000), (2, 1000))
+        ],
+        seed,
+    )
+
+
+CURVES = pd.concat([_curves({"ours": 0.5, "theirs": 1.0}), RUNS[RUNS["recipe"] == "never"]])
+
+
 def test_precision_needs_to_beat_every_control_that_arrives():
-    best = smallest_files([RUNS], 1.0)
-    (claim,) = precision_claims(best, "ours", ["theirs", "never"], "x")
-    assert claim.verdict == HOLDS and claim.ours == "0.3 kB (theirs: 1.0 kB; never: never)"
-    (claim,) = precision_claims(best, "theirs", ["ours"], "x")
+    (claim,) = precision_claims(CURVES, "ours", ["theirs", "never"], "x")
+    assert claim.verdict == HOLDS and claim.ours == (
+        "1.0 kB within 1 point; against theirs -50.0 % (2.0 kB); "
+        "never the other never within 2 points (never)"
+    )
+    (claim,) = precision_claims(CURVES, "theirs", ["ours", "never"], "x")
     assert claim.verdict == FAILS
-    (claim,) = precision_claims(best, "never", ["ours"], "x")
+    (claim,) = precision_claims(CURVES, "never", ["ours"], "x")
     assert claim.verdict == FAILS
+    (claim,) = precision_claims(CURVES, "ours", ["theirs", "not run"], "x")
+    assert claim.verdict == HOLDS and "not run" not in claim.ours
+    assert precision_claims(CURVES, "not run", ["ours"], "x") == []
+    assert precision_claims(CURVES, "ours", ["not run"], "x") == []
 
 
 def test_an_overview_counts_the_readings_that_hold():
@@ -137,17 +160,68 @@ def test_seeds_are_told_and_their_spread_leaves_open():
 
 
 def test_sizes_are_compared_seed_by_seed():
-    rows = {seed: [("ours", 1, 1000 * seed, 98.9, 97.9), ("theirs", 1, 1000 * seed + 50, 98.9, 97)]
-            for seed in (1, 2, 9)}  # fmt: skip
-    best = smallest_files([_runs(part, seed) for seed, part in rows.items()], 1.0)
-    (claim,) = precision_claims(best, "ours", ["theirs"], "x")
+    parts = [_curves({"ours": seed, "theirs": 1.05 * seed}, seed) for seed in (1, 2, 9)]
+    (claim,) = precision_claims(pd.concat(parts), "ours", ["theirs"], "x")
     assert claim.verdict == HOLDS  # means differ far less than sizes of seeds do
+    assert claim.seeds == (1, 2, 9)
+
+
+def test_an_interval_over_seeds_that_contains_zero_leaves_sizes_open():
+    parts = [_curves({"ours": ratio, "theirs": 1}, seed) for seed, ratio in enumerate((0.5, 1.1))]
+    (claim,) = size_claims(pd.concat(parts), "C6", {"no larger": ("ours", "theirs")})
+    assert claim.verdict == OPEN and claim.ours.startswith("-20.0 ± 381.2 %; within 1 point ")
+    (claim,) = size_claims(parts[0], "C6", {"no larger": ("ours", "theirs")})
+    assert claim.verdict == HOLDS  # one seed is decided by its value
 
 
 def test_criteria_are_compared_one_by_one():
-    best = smallest_files([RUNS], 1.0)
-    assert [c.verdict for c in criterion_claims(best, "ours", "x")] == [HOLDS, HOLDS]
-    assert [c.verdict for c in criterion_claims(best, "theirs", "x")] == [FAILS, HOLDS]
+    names = ("ours", "theirs", "never")
+    pairs = {f"{a} {b}": (a, b) for a, b in product(names, names)} | {"x": ("ours", "not run")}
+    found = {claim.claim: claim for claim in size_claims(CURVES, "C6", pairs)}
+    assert [c.verdict for c in found.values()] == [HOLDS] * 3 + [FAILS, HOLDS, HOLDS] + [FAILS] * 3
+    assert found["ours theirs"].ours == "-50.0 %; within 1 point 1.0 kB, the other 2.0 kB"
+    assert {c.expected for c in found.values()} == {"BD-rate <= 0 %"}
+    (claim,) = size_claims(CURVES, "L1", {"less": ("ours", "ours")}, operator.lt)
+    assert claim.verdict == FAILS and claim.expected == "BD-rate < 0 %"
+
+
+def _beyond(with_standard=True):
+    """Claims of `06-beyond` where the root of relevance, layer after layer, is the smallest."""
+    at_once = dict.fromkeys(claims.SEQUENTIAL, 1.0) | {"uniform bits": 4.0}
+    table = _curves(
+        at_once
+        | dict.fromkeys(claims.SEQUENTIAL.values(), 0.9)
+        | {"lrp root, sequential": 0.6, "reversed, sequential": 1.2}
+    )
+
+    def read(name):
+        if not with_standard:
+            raise FileNotFoundError(name)
+        fine, coarse = (_curves({name: factor}) for name, factor in (("a", 0.8), ("b", 0.7)))
+        return pd.concat([fine, coarse])
+
+    return claims.beyond(table, read)
+
+
+def test_what_lies_beyond_is_claimed_where_it_was_run():
+    found = {}
+    for claim in _beyond():
+        found.setdefault(claim.id, {})[claim.claim] = claim.verdict
+    assert set(found["L1"].values()) == {HOLDS} and len(found["L1"]) == 6
+    assert list(found["C5"].values()) == [HOLDS, FAILS]  # relevance is no smaller than alike
+    assert set(found["C6"].values()) == {HOLDS} and len(found["C6"]) == 6
+    # the standard coder's best setting, at 0.7, lies between the root and the pruned variant
+    assert list(found["C7"].values()) == [HOLDS, FAILS]
+    assert [c for c in _beyond(False) if c.id == "C7"] == []
+    assert len(_beyond()) == len(_beyond(False)) + 2
+
+
+def test_pairs_that_are_compared_differ_in_one_thing():
+    for ours, other in claims.BD_PAIRS:
+        before, _, _ = ours.rpartition(", sequential")
+        same_weights = other == before
+        same_pipeline = other.endswith(", sequential") and ("pruned" in ours) == ("pruned" in other)
+        assert same_weights != same_pipeline
 
 
 def test_intervals_are_student_t():

@@ -157,6 +157,24 @@ def test_claims_are_recomputed_and_their_texts_compared(study, capsys):
     assert f"B1 digits-lenet300: {row['ours']}, not 99.99" in out and "2 FAIL" in out
 
 
+def test_claims_of_the_sequential_pipeline_are_recomputed_and_peers_are_no_runs(study, capsys):
+    table = study.load_table("curve")
+    both = pd.concat(table.assign(recipe=name) for name in ("lrp root", "lrp root, sequential"))
+    study.save_table("sequential", both)
+    files = table.drop(columns=["per_class", "density", "bits"]).assign(file_bytes=10**9)
+    study.save_table("nncodec", files)
+    study.save_claims("06-beyond", claims.beyond(both, study.load_table))
+    capsys.readouterr()
+    assert verify.verify(study) == 0
+    out = capsys.readouterr().out
+    assert "rows of sequential.csv from runs" in out and "nncodec" not in out
+    rows = json.loads((study.results / "claims-06-beyond.json").read_text())
+    assert {row["id"] for row in rows} == {"L1", "C7"}  # no control of C5 was run
+    (study.results / "nncodec.csv").unlink()
+    study.save_table("sequential", both.assign(file_bytes=both["file_bytes"] + 1))
+    assert verify.verify(study) == 1
+
+
 def test_tables_of_several_versions_of_the_code_are_named(study, capsys):
     path = min(study.runs.rglob("*.json"))
     record = json.loads(path.read_text())
