@@ -48,7 +48,7 @@ INGREDIENTS = {
 """Of the reading that works, by what it is called: the recipe without it."""
 WAYS = {"the root of relevance": "lrp root", "relevance": "lrp"}
 """Of weighing units by relevance: in words, and in the names of recipes of `06-beyond`."""
-CRITERIA = ("alike", "fisher", "fisher root")
+CRITERIA = ("alike", "fisher")
 CONTROLS = ("shuffled root", "reversed")
 SEQUENTIAL = {
     name: f"{name}, sequential" for name in (*WAYS.values(), *CRITERIA, *CONTROLS, "lrp, pruned")
