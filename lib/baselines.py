@@ -1,14 +1,12 @@
 """Criteria that are no relevance: the rivals and controls it is compared with."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fold import fold_batchnorm
+from .inputs import batched, check_logits, check_samples, copied, own, probed
 from .relevance import scored_weights, totals
-from .relevance.samples import check_logits, check_samples
 
 Scores = dict[str, Tensor]
 
@@ -29,7 +27,7 @@ def integrated_gradients(
     biases and normalisation stay. The sum over all weights approaches ``f(w) - f(0)``, f being
     the summed logit (Sundararajan et al. 2017, arXiv 1703.01365, eq. 1 with weights as inputs).
     """
-    scaled = copy.deepcopy(model)
+    scaled = copied(model)
     total: Scores = {}
     originals = {name: w.detach().clone() for name, w in scored_weights(scaled).items()}
     for step in range(steps):
@@ -49,7 +47,7 @@ def magnitude(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
 
 def magnitude_folded(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     """Absolute value of the weight with BatchNorm folded into it, as it is stored."""
-    return magnitude(fold_batchnorm(model), images, labels)
+    return magnitude(fold_batchnorm(model, images), images, labels)
 
 
 def wanda(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
@@ -100,22 +98,21 @@ def hessian_trace(
     (Dong et al. 2020, arXiv 1911.03852), for the removal of one weight at a time.
     """
     check_samples(images, labels)
-    private = copy.deepcopy(model).eval()
+    private = copied(model).eval()
     weights = scored_weights(private)
     private.requires_grad_(False)
     for w in weights.values():
         w.requires_grad_(True)
     device = next(iter(weights.values())).device
-    with torch.no_grad():
-        check_logits(private(images[:1].to(device)), labels)
+    check_logits(probed(private, images[:2]), labels)
     generator = torch.Generator().manual_seed(seed)
     trace = dict.fromkeys(weights, 0.0)
     for _ in range(probes):
         signs = [
             (2 * torch.randint(2, w.shape, generator=generator) - 1).to(w) for w in weights.values()
         ]
-        for first in range(0, len(images), batch_size):
-            x, y = (t[first : first + batch_size].to(device) for t in (images, labels))
+        for part in batched(len(images), batch_size):
+            x, y = own(images[part], private), labels[part].long().to(device)
             with torch.enable_grad():
                 loss = F.cross_entropy(private(x), y, reduction="sum") / len(images)
                 grads = torch.autograd.grad(

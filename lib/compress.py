@@ -6,7 +6,6 @@ the size) and ``encode`` (codes, biases, BatchNorm unfolded).
 """
 
 import copy
-import warnings
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 
 from . import masks as masking
 from . import repair
+from .advice import float_bytes, tensors_of, warn_if_ruined, warn_of_unscored
 from .codec import Compressed
-from .finetune import Batches, evaluate, finetune
+from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
+from .inputs import Output, check_logits, check_model, check_samples, copied, probed, unwrapped
 from .prune import Removed
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
 from .search import Budget, most_accurate_within, smallest_that
-
-FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ def remove(
             if how.refit:
                 network = repair.refit(folded.network, network, now, images)
     if train is not None and how.finetune:
-        network = finetune(
-            network, masks, train, steps=how.finetune, optimiser=how.optimiser, seed=seed
-        )
+        finetune(network, masks, train, steps=how.finetune, optimiser=how.optimiser, seed=seed)
+        network = copied(network)  # without activations that a model may keep
     return Removed(folded, network, masks)
 
 
@@ -137,10 +135,22 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
     Compressed
     """
     network, codes = recipe.store.store(prepared.removed, prepared.details, prepared.images)
-    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    folded = prepared.removed.folded
+    like = tensors_of(folded.model)
+    # networks in half precision were copied to float32
+    state = {
+        name: value.detach().cpu().to(like[name].dtype if name in like else value.dtype)
+        for name, value in tensors_of(network).items()
+    }
     biases = [name.removesuffix("weight") + "bias" for name in codes]
     halves = {name: _half(state[name]) for name in biases if name in state}
-    return Compressed(prepared.removed.folded.unfold(state | codes | halves))
+    owners = {id(network.get_parameter(name)): name for name in codes}
+    tied = {
+        name: codes[owners[id(p)]]
+        for name, p in network.named_parameters(remove_duplicate=False)
+        if id(p) in owners and name in state
+    }
+    return Compressed(folded.unfold(state | codes | tied | halves))
 
 
 def _half(values: Tensor) -> Tensor:
@@ -155,18 +165,20 @@ def compress(
     recipe: str | Recipe = "lrp-sequential",
     train: Batches | None = None,
     *,
-    val: tuple[Tensor, Tensor] | None = None,
+    val: Batches | None = None,
     bits: float | None = None,
     ratio: float | None = None,
     max_drop: float | None = None,
     seed: int = 0,
+    output: Output | None = None,
 ) -> Compressed:
     """Compress a network by a recipe.
 
     Parameters
     ----------
     model : nn.Module
-        Any feed-forward network that ``lib.relevance`` accepts; not changed.
+        Any feed-forward network that ``lib.relevance`` accepts; not changed. Inside of
+        DataParallel or torch.compile the network itself is compressed, under its own names.
     images, labels : Tensor
         Reference images [N, ...] and int64 labels [N], taken from the training data: 20 to 50 of
         each class are wanted; with fewer, codes fit the few images alone.
@@ -175,7 +187,7 @@ def compress(
         training; the paper's rule taken literally is ``lrp-paper``, which destroys most networks.
     train : tuple of Tensor, or iterable of batches, optional
         Training data, for recipes that fine-tune.
-    val : tuple of Tensor, optional
+    val : tuple of Tensor, or iterable of batches, optional
         Validation images and labels, for ``max_drop``.
     bits, ratio, max_drop : float, optional
         At most one budget, met by search over the recipe's knob on the size of the real file:
@@ -185,6 +197,8 @@ def compress(
         points of accuracy on ``val``.
     seed : int
         Of the order in fine-tuning.
+    output : callable, optional
+        Takes what the model returns and gives its logits: ``output=lambda o: o.logits``.
 
     Returns
     -------
@@ -195,7 +209,8 @@ def compress(
     -----
     UserWarning
         The result loses more than ten points of accuracy on the reference images, or the model
-        itself is near chance on them.
+        itself is near chance on them; layers whose weights no rule scores take more than 1 % of
+        the file; the images are too few or too much alike for what a layer reads.
 
     Raises
     ------
@@ -207,10 +222,22 @@ def compress(
         if recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe or a name of RECIPES, not {recipe!r}")
     budget = Budget.of(bits, ratio, max_drop, val)
+    check_model(model)
+    model = unwrapped(model)
+    check_samples(images, labels)
+    for name, data in (("train", train), ("val", val)):
+        check_batches(name, data)
+    if output is not None:
+        model = copied(model, output)
+    labels = labels.long()
+    check_logits(probed(copied(model).eval(), images[:2]), labels)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
     best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
-    _warn_if_ruined(model, best, images, labels)
+    warn_of_unscored(prepared.removed, best)
+    warn_if_ruined(model, best, images, labels)
     return best
 
 
@@ -219,9 +246,9 @@ def _search(
     prepared: Prepared,
     recipe: Recipe,
     budget: Budget,
-    val: tuple[Tensor, Tensor] | None,
+    val: Batches | None,
 ) -> Compressed:
-    tried: list[int] = []
+    tried: list[float] = []
 
     def at(value: float) -> Compressed:
         result = encode(prepared, recipe.at(value))
@@ -229,38 +256,28 @@ def _search(
         return result
 
     if val is not None and budget.kind == "max_drop":
-        floor = evaluate(model, *val) - budget.amount - 1e-9
+        before, drops = accuracy(model, val), []
 
         def fits(result: Compressed) -> bool:
-            return evaluate(result.to_model(model), *val) >= floor
+            drops.append(before - accuracy(result.to_model(model), val))
+            return drops[-1] <= budget.amount + 1e-9
 
         best = smallest_that(fits, at, recipe.store.settings)
+        reached = f"of the files tried the best loses {min(drops):.2f} points. Allow for that"
     else:
-        floats = sum(4 * value.numel() for value in model.state_dict().values())
+        floats = float_bytes(model)
         weights = sum(mask.numel() for mask in prepared.removed.masks.values())
         most = weights * budget.amount / 8 if budget.kind == "bits" else floats / budget.amount
         best = most_accurate_within(most, at, recipe.store.settings)
+        least = min(tried)
+        met = 8 * least / weights if budget.kind == "bits" else floats / least
+        reached = (
+            f"the smallest file has {least} bytes, which is {budget.kind}={met:.3g}. Ask for less, "
+            "or remove more weights before they are stored"
+        )
     if best is None:
         raise ValueError(
-            f"no {recipe.store.knob} of the quantizer meets {budget.kind}={budget.amount:g}; the "
-            f"smallest file tried has {min(tried)} bytes. Prune more, or ask for less"
+            f"{budget.kind}={budget.amount:g} cannot be met by this recipe: {reached}, or take "
+            "another recipe"
         )
     return best
-
-
-def _warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels: Tensor) -> None:
-    before = evaluate(model, images, labels)
-    after = evaluate(result.to_model(model), images, labels)
-    chance = 100 * float(labels.bincount().max()) / len(labels)
-    if before <= chance + FAR / 2 < 100:
-        warnings.warn(
-            f"the model itself is near chance on the reference images ({before:.1f} %): are they "
-            "normalised as in training, and the labels in its order?",
-            stacklevel=3,
-        )
-    elif before - after > FAR:
-        warnings.warn(
-            f"compression took the accuracy on the reference images from {before:.1f} to "
-            f"{after:.1f} %: take a gentler recipe or a larger budget",
-            stacklevel=3,
-        )

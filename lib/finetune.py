@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inputs import evaluating, own, ready, split
+
 OPTIMISERS = {
     "adam": (torch.optim.Adam, 1, {}),
     "adam-slow": (torch.optim.Adam, 0.1, {}),
@@ -42,7 +44,7 @@ def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[tuple[Tensor
     generator = torch.Generator().manual_seed(seed)
     while True:
         empty = True
-        if isinstance(data, tuple):
+        if isinstance(data, (tuple, list)) and _is_pair(data):
             images, labels = data
             for index in batches(len(labels), batch_size, generator):
                 empty = False
@@ -106,7 +108,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
     for images, labels in islice(_endless(data, batch_size, seed), steps):
         descent.zero_grad()
-        F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        F.cross_entropy(model(own(images, model)), labels.to(device)).backward()
         descent.step()
         schedule.step()
         with torch.no_grad():
@@ -119,6 +121,36 @@ def finetune(
             f"learning rate below {lr}"
         )
     return model
+
+
+def check_batches(name: str, data: Batches | None) -> None:
+    """Raise ValueError unless data are images and labels, or batches that can be read again."""
+    if data is None or _is_pair(data):
+        return
+    if isinstance(data, (str, Tensor, Mapping)) or not isinstance(data, Iterable):
+        kind = type(data).__name__
+        raise ValueError(f"{name} must be (images, labels) or a DataLoader, not a {kind}")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{name} can be read only once: give (images, labels), a list of batches or a "
+            "DataLoader"
+        )
+
+
+def _is_pair(data: Batches) -> bool:
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    return all(isinstance(part, Tensor) for part in data)
+
+
+def accuracy(model: nn.Module, data: Batches) -> float:
+    """Accuracy in percent on images and labels, or on batches of them."""
+    if isinstance(data, (tuple, list)) and _is_pair(data):
+        return evaluate(model, *data)
+    found = [(evaluate(model, images, labels), len(labels)) for images, labels in data]
+    if not found:
+        raise ValueError("no images to evaluate on")
+    return sum(share * count for share, count in found) / sum(count for _, count in found)
 
 
 @torch.no_grad()
@@ -141,13 +173,8 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     """
     if len(labels) == 0:
         raise ValueError("no images to evaluate on")
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     correct = 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
-        correct += int((model(x.to(device)).argmax(1).cpu() == y.cpu()).sum())
-    model.train(training)
+    with evaluating(model):
+        for x, y in zip(split(images, batch_size), split(labels, batch_size), strict=True):
+            correct += int((model(ready(x, model)).argmax(1).cpu() == y.cpu()).sum())
     return 100 * correct / len(labels)

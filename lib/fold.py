@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
+from .inputs import HALVES, copied, probed, tensors
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -89,7 +91,7 @@ class Folded:
                 unfolded[f"{norm_path}.{name}"] = value
             if self.model.get_submodule(layer_path).bias is not None:
                 unfolded[f"{layer_path}.bias"] = filled(0.0, shift)
-        return {name: unfolded[name] for name in self.model.state_dict()}
+        return {name: unfolded[name] for name in self.model.state_dict() if name in unfolded}
 
 
 def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
@@ -102,8 +104,9 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     images : Tensor [samples, ...], optional
         Inputs as the model takes them, on any device. On the first eight of them the outputs
         before and after folding are compared; should they differ by more than 0.1 % of the
-        largest (more in half precision), BatchNorms are folded one by one, and those that change
-        the outputs stay. Without images, what ``batchnorm_pairs`` finds is folded.
+        largest, BatchNorms are folded one by one, and those that change the outputs stay. Without
+        images, linear layers are folded into only behind a flattening: elsewhere a BatchNorm may
+        normalise another axis than their outputs.
 
     Returns
     -------
@@ -114,18 +117,25 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     ``w' = w γ / sqrt(σ² + ε)`` per output channel and ``b' = β + (b − μ) γ / sqrt(σ² + ε)``
     (Ioffe and Szegedy 2015; Jacob et al. 2018, section 3.2). The pairs are read off the modules'
     order, not off shapes: a BatchNorm that normalises another axis than its layer's outputs shows
-    in the outputs alone.
+    in the outputs alone. A network in half precision is copied to float32.
     """
-    network, pairs = copy.deepcopy(model).eval(), batchnorm_pairs(model)
-    if not pairs or images is None or len(images) == 0:
+    network, pairs = copied(model).eval(), batchnorm_pairs(model)
+    if any(p.dtype in HALVES for p in network.parameters()):
+        network.float()  # products of relevance and sums of moments leave the range of halves
+    if images is None or len(images) == 0:
+        if any(isinstance(model.get_submodule(layer), nn.Linear) for layer in pairs.values()):
+            sure = _sure_of_axis(copy.deepcopy(network))
+            pairs = {norm: layer for norm, layer in pairs.items() if layer in sure}
         return Folded(model, _fuse(network, pairs), pairs)
+    if not pairs:
+        return Folded(model, network, {})
     before, folded = _outputs(network, images), _fuse(copy.deepcopy(network), pairs)
-    if _same(_outputs(folded, images), before):
+    if _gives(folded, images, before):
         return Folded(model, folded, pairs)
     kept = {}
     for norm_path, layer_path in pairs.items():
         folded = _fuse(copy.deepcopy(network), {norm_path: layer_path})
-        if _same(_outputs(folded, images), before):
+        if _gives(folded, images, before):
             network, kept[norm_path] = folded, layer_path
     return Folded(model, network, kept)
 
@@ -159,7 +169,7 @@ def batchnorm_pairs(model: nn.Module) -> dict[str, str]:
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
     try:
         # A copy, since a forward that keeps what it computed would keep the tracer's objects.
-        candidates = _traced_pairs(copy.deepcopy(model).eval())
+        candidates = _traced_pairs(copied(model).eval())
     except Exception:  # a forward with data-dependent control flow fails in ways of its own
         candidates = _sequential_pairs(model)
 
@@ -187,7 +197,9 @@ def batchnorm_pairs(model: nn.Module) -> dict[str, str]:
 def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Paths of modules and of the BatchNorm that alone reads each, both called once."""
     modules = dict(model.named_modules())
-    nodes = [n for n in fx.Tracer().trace(model).nodes if n.op == "call_module"]
+    every = list(fx.Tracer().trace(model).nodes)
+    nodes = [node for node in every if node.op == "call_module"]
+    read = {str(node.target).rpartition(".")[0] for node in every if node.op == "get_attr"}
     calls = Counter(node.target for node in nodes)
     return [
         (str(node.args[0].target), str(node.target))
@@ -197,7 +209,35 @@ def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
         and node.args[0].op == "call_module"
         and len(node.args[0].users) == 1
         and calls[node.target] == calls[node.args[0].target] == 1
+        and not read & {str(node.target), str(node.args[0].target)}
     ]
+
+
+def _sure_of_axis(model: nn.Module) -> set[str]:
+    """Paths of convolutions, and of linear layers that surely read [samples, inputs]."""
+    modules = dict(model.named_modules())
+    sure = {path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd)}
+    try:
+        nodes = fx.Tracer().trace(model).nodes
+    except Exception:  # as in batchnorm_pairs
+        return sure
+    flat: set[Any] = set()
+    for node in nodes:
+        before = node.args[0] if node.args else None
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Flatten):
+            flattens = (module.start_dim, module.end_dim) == (1, -1)
+        elif module is not None:  # of those without children, no other changes the rank
+            flattens = before in flat and not list(module.children())
+        elif node.target in ("view", "reshape"):
+            flattens = len(node.args) == 3
+        else:
+            flattens = node.target in ("flatten", torch.flatten) and node.args[1:] == (1,)
+        if flattens:
+            flat.add(node)
+        if isinstance(module, nn.Linear) and before in flat:
+            sure.add(str(node.target))
+    return sure
 
 
 def _sequential_pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -215,6 +255,9 @@ def _fuse(network: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
     for norm_path, layer_path in pairs.items():
         norm, layer = network.get_submodule(norm_path), network.get_submodule(layer_path)
         assert isinstance(layer, FOLDABLE) and isinstance(norm, BATCHNORMS)
+        if not norm.affine:  # torch's fusion of linear layers wants a gain and a shift
+            gain = torch.ones_like(norm.running_var)  # type: ignore[arg-type]
+            norm.weight, norm.bias = nn.Parameter(gain), nn.Parameter(torch.zeros_like(gain))
         network.set_submodule(
             layer_path,
             fuse_linear_bn_eval(layer, norm)
@@ -226,12 +269,14 @@ def _fuse(network: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
 
 
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
-    device = next(network.parameters()).device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        # a copy runs, since a forward may keep what it computed
-        return copy.deepcopy(network)(images[:COMPARED].to(device))
+    # a copy runs, since a forward may keep what it computed
+    outputs = probed(copy.deepcopy(network), images[:COMPARED])
+    return torch.cat([t.flatten(1) for t in tensors(outputs) if t.is_floating_point()], 1)
 
 
-def _same(outputs: Tensor, expected: Tensor) -> bool:
-    tolerance = max(1e-3, 16 * torch.finfo(expected.dtype).eps)
-    return bool((outputs - expected).abs().max() <= tolerance * expected.abs().max())
+def _gives(network: nn.Module, images: Tensor, expected: Tensor) -> bool:
+    try:
+        outputs = _outputs(network, images)
+    except ValueError:  # a forward may read from its layers what folding took
+        return False
+    return bool((outputs - expected).abs().max() <= 1e-3 * expected.abs().max())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moments import Layer, patches_of, second_moment, units_of
+from .moments import Layer, borrowed, energies, patches_of, second_moment, units_of
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -81,12 +81,23 @@ class Equations:
             moved = (change[..., :inputs] @ self.shift.double()).squeeze(2)  # by the weights
             layer.bias.data += (change[..., -1] - moved).flatten().to(layer.bias.dtype)
 
+    def plain(self) -> Tensor:
+        """Second moment of the patches as they are, without the shift, like ``gram``."""
+        shift = F.pad(self.shift.double(), (0, 0, 0, 1))  # [groups, D, 1]
+        moved = shift @ self.gram[:, :, -1:].mT
+        return self.gram + moved + moved.mT + self.count[..., None] * shift @ shift.mT
+
     def moment(self) -> Tensor:
-        """Second moment of the inputs, float64 [groups, d, d], a mean over images; see ``moments``.
+        """Second moment of the inputs, float64 [groups, d, d]; see ``moments.second_moment``.
 
         The covariance where a bias takes the mean.
         """
-        return second_moment(self.gram, self.images, centered=self.layer.bias is not None)
+        if self.layer.bias is None:
+            return second_moment(self.gram, self.images, centered=False)
+        plain, total = self.plain(), self.gram[:, :-1, -1:]
+        moment = self.gram[:, :-1, :-1] - total @ total.mT / self.gram[:, -1:, -1:]
+        share = borrowed(*energies(plain), self.images)
+        return (moment + share * plain[:, :-1, :-1]) / self.images
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .moments import Layer, hooked, layers_of, ready
+from .inputs import ready
+from .moments import Layer, hooked, layers_of
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 

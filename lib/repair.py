@@ -8,14 +8,15 @@ given stay untouched.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import check_images, evaluating, ready, split
 from .leastsquares import Equations
 from .masks import Mask, masked
-from .moments import Layer, check_images, hooked, layers_of, ready, units_of
+from .moments import Layer, hooked, layers_of, units_of, weight_name
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # a layer's input, output, and output wanted
@@ -78,9 +79,11 @@ def refit(
         equations = Equations(layer)
         for inputs, output, target in batches:
             equations.add(inputs, target - output, batch_size)
-        equations.refit(masks[f"{name}.weight"], ridge)
+        equations.refit(masks[weight_name(name)], ridge)
 
-    _change_layers(dense, repaired, images, batch_size, fit, lambda name: f"{name}.weight" in masks)
+    _change_layers(
+        dense, repaired, images, batch_size, fit, lambda name: weight_name(name) in masks
+    )
     return repaired
 
 
@@ -173,7 +176,7 @@ def renormalise(
             layer.bias.data.sub_(mean).mul_(gain).add_(target)
 
     _change_layers(
-        dense, repaired, images, batch_size, rescale, lambda name: f"{name}.weight" in masks
+        dense, repaired, images, batch_size, rescale, lambda name: weight_name(name) in masks
     )
     return repaired
 
@@ -188,8 +191,8 @@ def _change_layers(
     that has to be held fits into memory; otherwise, and with layers called twice, anew up to each
     layer, batch by batch.
     """
-    with _evaluating(copy.deepcopy(dense)) as dense, _evaluating(repaired), torch.no_grad():
-        calls, size = _order(repaired, images[:1])
+    with evaluating(copy.deepcopy(dense)) as dense, evaluating(repaired), torch.no_grad():
+        calls, size = _order(repaired, images[:2])
         names = [name for name in calls if chosen(name)]
         if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
             _in_one_pass(dense, repaired, images, change, names)
@@ -249,15 +252,15 @@ def _run(
         if len(seen) == calls:
             raise _Reached
 
-    for batch in images.split(batch_size):
+    for batch in split(images, batch_size):
         seen.clear()
         with hooked(model, [name], hook), suppress(_Reached):
             model(ready(batch, model))
         yield from list(seen)
 
 
-def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], int]:
-    """Layers in the order of the forward pass with the number of their calls; bytes put out."""
+def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], float]:
+    """Layers in the order of the pass with the number of their calls; bytes put out an image."""
     trace: list[tuple[str, int]] = []
 
     def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -266,14 +269,4 @@ def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], int]:
     with hooked(model, layers_of(model), hook):
         model(ready(images, model))
     names = [name for name, _ in trace]
-    return {name: names.count(name) for name in names}, sum(size for _, size in trace)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return {name: names.count(name) for name in names}, sum(size for _, size in trace) / len(images)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from . import baselines
 from .fold import fold_batchnorm
+from .inputs import check_logits, check_samples, own, split
 from .moments import input_moments
 from .relevance import AGGREGATES, COMPOSITES, RULES, STARTS, scored_weights, unit_sensitivity
 from .relevance import weight_relevance as lrp
 from .relevance.deeplift import deeplift
-from .relevance.samples import check_logits, check_samples
 
 Scores = dict[str, Tensor]
 Function = Callable[[nn.Module, Tensor, Tensor], Scores]
@@ -39,11 +39,10 @@ Function = Callable[[nn.Module, Tensor, Tensor], Scores]
 def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     """Weight times gradient of the true class's logit, summed over images: LRP in five lines."""
     check_samples(images, labels)
-    network = fold_batchnorm(model).requires_grad_(True)  # a copy, in evaluation mode
+    network = fold_batchnorm(model, images).requires_grad_(True)  # a copy, in evaluation mode
     weights = scored_weights(network)
-    device = next(iter(weights.values())).device
-    for x, y in zip(images.to(device).split(50), labels.to(device).split(50), strict=True):
-        logits = network(x)
+    for x, y in zip(split(images, 50), split(labels, 50), strict=True):
+        logits, y = network(own(x, network)), y.to(next(network.parameters()).device).long()
         check_logits(logits, y)
         logits.gather(1, y[:, None]).sum().backward()
     return {n: w.detach() * (0 if w.grad is None else w.grad) for n, w in weights.items()}

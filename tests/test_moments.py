@@ -49,16 +49,16 @@ def test_unused_layers_and_layers_without_a_rule_are_absent(references):
 
 def test_unusable_images():
     model, images = nn.Linear(3, 2), torch.randn(4, 3)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no (reference )?images"):
         input_moments(model, images[:0])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="not finite|NaN"):
         input_moments(model, images / 0)
 
 
-def test_inputs_that_do_not_vary_have_no_covariance():
+def test_inputs_that_do_not_vary_borrow_a_little_of_their_own_size():
     """What float32 leaves of a difference of equal numbers has either sign, and is no moment."""
     images = (torch.randn(1, 9).abs() + 1).expand(700, 9) / 3
     layer = nn.Sequential(nn.Linear(9, 2))
-    assert not input_moments(layer, images, centered=True)["0.weight"].any()
-    varied = images + 0.1 * torch.randn(700, 9)
-    assert input_moments(layer, varied, centered=True)["0.weight"].diagonal().min() > 0.005
+    with pytest.warns(UserWarning, match="700 reference images cannot tell.*'0'"):
+        moment = input_moments(layer, images, centered=True)["0.weight"]
+    torch.testing.assert_close(moment, 1e-4 * input_moments(layer, images)["0.weight"])

@@ -195,9 +195,9 @@ def test_unusable_input(network):
         lambda x: repair.bias_correction(dense, dense, x),
         lambda x: repair.renormalise(dense, dense, masks, x),
     ):
-        with pytest.raises(ValueError, match="no images"):
+        with pytest.raises(ValueError, match="no (reference )?images"):
             call(images[:0])
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="not finite|NaN"):
             call(images / 0)
     with pytest.raises(ValueError, match="ridge"):
         repair.refit(dense, dense, masks, images, ridge=0)

@@ -1,6 +1,5 @@
 """Compressed models: what a file holds, saved, loaded and put back into a model."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -9,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..files import write_bytes
+from ..inputs import copied, unwrapped
 from ..quantize import Codes
 from .container import CompressedFileError, Constant, Entry, assemble, parse, payload, shape_of
 from .summary import LayerSummary, Summary
@@ -143,7 +143,8 @@ class Compressed(Mapping[str, Entry]):
         Parameters
         ----------
         model : nn.Module
-            The architecture; stays as it is.
+            The architecture; stays as it is. Inside of DataParallel or torch.compile the network
+            itself is meant.
 
         Returns
         -------
@@ -156,7 +157,9 @@ class Compressed(Mapping[str, Entry]):
         CompressedFileError
             For a model with other names or shapes; the message gives the first.
         """
-        expected = model.state_dict()
+        model = unwrapped(model)
+        own = model.state_dict()
+        expected = {name: value for name, value in own.items() if isinstance(value, Tensor)}
         for name, tensor in expected.items():
             if name not in self:
                 raise CompressedFileError(f"another architecture: the file has no {name!r}")
@@ -167,8 +170,9 @@ class Compressed(Mapping[str, Entry]):
                 )
         if surplus := [name for name in self if name not in expected]:
             raise CompressedFileError(f"another architecture: the model has no {surplus[0]!r}")
-        model = copy.deepcopy(model)
-        model.load_state_dict(self.state_dict())
+        model = copied(model)
+        own.update(self.state_dict())  # which keeps its metadata, and extra state that is no tensor
+        model.load_state_dict(own)
         return model
 
     def summary(self) -> Summary:

@@ -29,7 +29,7 @@ def code_columns(
     gathered by matrix products for a block of columns, and column by column within.
     """
     symbols, diagonal = symbols.clone(), quadratic.diagonal(dim1=1, dim2=2)
-    coupling = quadratic / diagonal[:, None] - torch.eye(len(diagonal[0]))
+    coupling = quadratic / diagonal[:, None] - torch.eye(len(diagonal[0])).to(quadratic)
     triangular = not quadratic.tril(-1).any()
     energy = diagonal.square() if triangular else diagonal
     errors = scaled - symbols

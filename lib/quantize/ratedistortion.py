@@ -222,7 +222,7 @@ def rate_distortion(
     step = _rd_step(weight, factor, moment, damping, units, lam) if step is None else step
     check(0 < step < math.inf, f"the step must be positive, not {step}")
     check(0 <= lam < math.inf, f"lam must not be negative, not {lam}")
-    step = float(storable(torch.tensor(step)))
+    step = float(storable(torch.tensor(step, dtype=torch.float32)))
     top = math.ceil(float(weight.abs().max()) / step) + 1
     check(top < 2**15, f"step {step} is too fine: it takes symbols up to {top}")
     groups, inputs = moment.shape[:2]
@@ -240,7 +240,7 @@ def rate_distortion(
         if turn > 1 and (symbols != before).float().mean() < 0.01:
             break
     symbols = symbols[:, order.argsort()].mT.reshape(weight.shape).int()
-    return Codes(symbols, torch.tensor([step]), "uniform")
+    return Codes(symbols, torch.tensor([step], dtype=torch.float32), "uniform")
 
 
 def _problem(
@@ -258,7 +258,8 @@ def _problem(
         f"the weight {list(weight.shape)} has {inputs} inputs a unit",
     )
     check(bool(moment.isfinite().all()), "second_moment holds values that are not finite")
-    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach().float().cpu()
+    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach()
+    units = units.float().cpu()
     check(
         units.shape == weight.shape[:1],
         f"unit_weight is {list(units.shape)} for {len(weight)} units",
@@ -293,4 +294,5 @@ def _rd_step(
     cost = float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
     largest = float(weight.abs().max()) or 1.0
     step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
-    return float(storable(torch.tensor(min(max(step, largest / 2**14), 2.01 * largest))))
+    step = min(max(step, largest / 2**14), 2.01 * largest)
+    return float(storable(torch.tensor(step, dtype=torch.float32)))

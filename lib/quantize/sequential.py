@@ -6,9 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..inputs import ready, split
 from ..leastsquares import Equations
 from ..lockstep import change_in_order, plan
-from ..moments import Layer, hooked, layers_of, ready, units_of
+from ..moments import (
+    Layer,
+    borrowed,
+    hooked,
+    layers_of,
+    units_of,
+    unsupported,
+    warn_of,
+    weight_name,
+)
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check
@@ -63,7 +73,8 @@ class Sequential(RateDistortion):
         """Refit, code and correct layer after layer; see ``Quantizer.store``."""
         network, masks = copy.deepcopy(removed.network), removed.masks
         codes: dict[str, Codes] = {}
-        paths = {f"{path}.weight": path for path in plan(network, images[:2]).layers}
+        weak: list[str] = []  # layers of whose inputs the images tell too little
+        paths = {weight_name(path): path for path in plan(network, images[:2]).layers}
         with torch.no_grad():
             for name in masks.keys() - paths.keys():
                 weight = network.get_parameter(name)
@@ -71,9 +82,11 @@ class Sequential(RateDistortion):
                 weight.copy_(codes[name].decode())
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
-            name = f"{path}.weight"
+            name = weight_name(path)
             equations = Equations(layer, centre=layer.bias is not None)
             equations.add(a, wanted - z)
+            if layer.bias is not None and unsupported(equations.plain(), equations.images):
+                weak.append(path)
             total = equations.missing[..., -1] + equations.outputs()  # of what is wanted
             equations.refit(masks[name], self.ridge)
             codes[name] = rate_distortion(
@@ -92,6 +105,8 @@ class Sequential(RateDistortion):
 
         names = {path for name, path in paths.items() if name in masks}
         change_in_order(removed.folded.network, network, images, names, change)
+        if weak:
+            warn_of(weak, len(images))
         return network, {name: codes[name] for name in masks}
 
 
@@ -113,12 +128,15 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
         sums[name] += now.flatten(1).cpu()
 
     with torch.no_grad(), hooked(network, layers, add):
-        for batch in images.split(50):
+        for batch in split(images, 50):
             network(ready(batch, network))
     total = weights = 0.0
     for name, (first, second, count) in sums.items():
-        if bool(count.any()) and (unit := units.get(f"{name}.weight")) is not None:
-            means = first.square() / count if layers[name].bias is not None else 0.0
-            total += float(((second - means) * unit.double().cpu()).sum()) / len(images)
+        if bool(count.any()) and (unit := units.get(weight_name(name))) is not None:
+            if layers[name].bias is not None:
+                means = first.square() / count
+                share = borrowed(float(second.sum()), float(means.sum()), len(images))
+                second = second - means + share * second
+            total += float((second * unit.double().cpu()).sum()) / len(images)
             weights += layers[name].weight.numel()
     return total / max(1.0, weights) or 1.0

@@ -170,7 +170,7 @@ def score_tiers(
     order = places[scores.detach().cpu().reshape(-1)[places].argsort(stable=True)]
     ends = [round(len(order) * share) for share in np.cumsum(shares)[:-1]] + [len(order)]
     flat, tiers = weight.reshape(-1), torch.zeros(weight.numel(), dtype=torch.uint8)
-    symbols, steps = torch.zeros(weight.numel(), dtype=torch.int32), torch.ones(len(widths))
+    symbols, steps = torch.zeros(weight.numel(), dtype=torch.int32), torch.ones(len(widths)).float()
     for tier, members in enumerate(torch.tensor_split(order, ends[:-1])):
         tiers[members] = tier
         if widths[tier] and len(members):

@@ -10,7 +10,8 @@ from torch import Tensor
 from .codes import Codes, check, kept_weight, storable
 from .quantizer import Quantizer
 
-CLIPS = torch.logspace(-1.2, 0, 80)  # clipping points tried, relative to the largest |weight|
+# clipping points tried, relative to the largest |weight|
+CLIPS = torch.logspace(-1.2, 0, 80, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

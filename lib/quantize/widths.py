@@ -109,7 +109,7 @@ def kmeans(
     few = points.count_nonzero() <= 2 * top
     levels = (points if few else _lloyd(points, masses, levels)).half().float()
     values = levels[levels != 0].unique()
-    grid = torch.cat([torch.zeros(1), values])
+    grid = torch.cat([torch.zeros(1).to(values), values])
     ascending, order = grid.sort()
     place = torch.bucketize(weight, (ascending[1:] + ascending[:-1]) / 2)
     return Codes(order[place].int() * kept, grid, "codebook")

@@ -4,9 +4,10 @@ The relevance of a connection is activation x weight x modified gradient, so tha
 weight costs about one backward pass. Each file imports from those before it alone:
 
 1. ``rules`` (how a layer shares relevance), ``operations`` (maps linear in input and weight),
-   ``samples`` (images, labels, and the weights that are scored);
+   ``samples`` (where relevance starts, and the weights that are scored);
 2. ``layers``: autograd functions that carry relevance, and ``Collector``, what they report to;
-3. ``functions``, ``trace``: how the calls of a forward pass are replaced by those;
+3. ``functions``, ``weights`` (outside of their layers), ``changes`` (in place), ``trace``: how the
+   calls of a forward pass are replaced by those;
 4. ``collectors``, ``collect``: what is added up, and the run over all samples;
 5. ``deeplift``.
 """
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..fold import TRANSPOSED
+from ..inputs import Output, UnsupportedLayerError, check_samples, unwrapped
 from .collect import Run, totals
 from .collectors import Inputs, Units
-from .layers import UnsupportedLayerError
 from .rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike
 from .samples import AGGREGATES, STARTS, scored_weights
 
@@ -41,6 +42,7 @@ def weight_relevance(
     start: str = "target",
     aggregate: str = "sum",
     batch_size: int = 32,
+    output: Output | None = None,
 ) -> dict[str, Tensor]:
     """Relevance of every weight, aggregated over reference samples.
 
@@ -48,6 +50,7 @@ def weight_relevance(
     ----------
     model : nn.Module
         Classifier that returns logits [samples, classes]; not changed, scored in evaluation mode.
+        Inside of DataParallel or torch.compile the network itself is scored, under its own names.
     images : Tensor [samples, ...]
         Inputs as the model takes them, on any device: normalised floats, or integer tokens.
     labels : Tensor [samples], int64
@@ -64,6 +67,9 @@ def weight_relevance(
         weight that is used several times (an embedding tied to a linear layer: each use apart).
     batch_size : int
         Images propagated at a time; affects memory, and results by rounding only.
+    output : callable, optional
+        Takes what the model returns and gives its logits, for models that return more:
+        ``output=lambda o: o.logits``.
 
     Returns
     -------
@@ -97,8 +103,9 @@ def weight_relevance(
     if aggregate not in AGGREGATES:
         raise ValueError(f"unknown aggregate {aggregate!r}; known: {', '.join(AGGREGATES)}")
     scores = totals(
-        model, images, labels, rule=rule, start=start, wanted=aggregate, batch_size=batch_size
-    )
+        model, images, labels, rule=rule, start=start, wanted=aggregate, batch_size=batch_size,
+        output=output,
+    )  # fmt: skip
     if aggregate == "rms":
         return {name: (squares / len(images)).sqrt_() for name, squares in scores.items()}
     return scores
@@ -114,12 +121,13 @@ def input_relevance(
     rule: RuleLike = "epsilon",
     start: str = "target",
     batch_size: int = 32,
+    output: Output | None = None,
 ) -> Tensor:
     """Relevance of every input value, one heatmap per image.
 
     Parameters
     ----------
-    model, images, labels, rule, start, batch_size
+    model, images, labels, rule, start, batch_size, output
         As for ``weight_relevance``; the images must be floating-point.
 
     Returns
@@ -132,10 +140,11 @@ def input_relevance(
     UnsupportedLayerError, ValueError
         As for ``weight_relevance``; also ValueError for integer inputs.
     """
+    check_samples(images, labels)
     if not images.is_floating_point():
         raise ValueError("integer inputs have no relevance; score the embedding's weight")
-    run = Run(Inputs, model, images, labels, rule, start, batch_size)
-    return torch.cat(run.collect().maps).to(images.device)
+    run = Run(Inputs, model, images, labels, rule, start, batch_size, output=output)
+    return torch.cat(run.collect().maps).to(images.device, images.dtype)
 
 
 @torch.inference_mode(False)
@@ -148,12 +157,13 @@ def unit_sensitivity(
     rule: RuleLike = "epsilon",
     start: str = "target",
     batch_size: int = 32,
+    output: Output | None = None,
 ) -> dict[str, Tensor]:
     """Mean squared relevance per activation of each output unit.
 
     Parameters
     ----------
-    model, images, labels, rule, start, batch_size
+    model, images, labels, rule, start, batch_size, output
         As for ``weight_relevance``.
 
     Returns
@@ -176,7 +186,8 @@ def unit_sensitivity(
     the unit, so nothing is divided; to first order an error δ of the unit moves the started
     output by ``δ R_k / z_k``.
     """
-    return Run(Units, model, images, labels, rule, start, batch_size).collect().means()
+    run = Run(Units, model, images, labels, rule, start, batch_size, output=output)
+    return run.collect().means()
 
 
 def filter_relevance(
@@ -202,7 +213,7 @@ def filter_relevance(
         if model is None
         else {
             f"{path}.weight": layer.groups
-            for path, layer in model.named_modules()
+            for path, layer in unwrapped(model).named_modules()
             if isinstance(layer, TRANSPOSED)
         }
     )

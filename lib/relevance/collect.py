@@ -8,10 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from ..fold import fold_batchnorm
+from ..inputs import (
+    Output,
+    UnsupportedLayerError,
+    batched,
+    check_logits,
+    check_model,
+    check_samples,
+    copied,
+    full_precision,
+    own,
+    probed,
+    unwrapped,
+)  # fmt: skip
 from .collectors import Absolutes, Collected, InputMoments, PerWeight, Squares, Sums
-from .layers import UnsupportedLayerError
-from .rules import RuleLike, bounded, chooser
-from .samples import STARTS, check_logits, check_samples, scored_weights, start_gradient
+from .rules import DIRECT, RuleLike, bounded, chooser
+from .samples import STARTS, scored_weights, start_gradient
 from .trace import Propagation
 
 WANTED: dict[str, type[PerWeight]] = {
@@ -42,57 +54,70 @@ class Run(Generic[C]):
     def __init__(
         self, collector: Callable[[dict[str, Tensor]], C], model: nn.Module, images: Tensor,
         labels: Tensor, rule: RuleLike, start: str, batch_size: int = 32, ordinary: bool = False,
+        output: Output | None = None,
     ):  # fmt: skip
+        check_model(model)
+        model = unwrapped(model)
         if start not in STARTS and not (ordinary and start == "loss"):
             raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}")
         if batch_size < 1:
             raise ValueError("batch_size must be at least 1")
-        choose = bounded(chooser(rule), images)
+        choose = chooser(rule)
         check_samples(images, labels)
+        choose = bounded(choose, images)
         names = scored_weights(model)
+        for path, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise UnsupportedLayerError(
+                    f"module {path!r} ({type(module).__name__}) has no running statistics, so that "
+                    "the output for an image depends on the others: make it with "
+                    "track_running_stats=True"
+                )
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
-        private = fold_batchnorm(model, images)
+        private = fold_batchnorm(model if output is None else copied(model, output), images)
         weights = {name: private.get_parameter(name).detach() for name in names}
         self.device = next(iter(weights.values())).device
         keys = {id(private.get_parameter(name)): name for name in names}
         self.collector = collector(weights)
         self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
-        with torch.autocast(self.device.type, enabled=False):
-            self._follow(private, rule)
+        self._follow(private, rule)
 
     def _follow(self, private: nn.Module, rule: RuleLike) -> None:
         """Check the model's output, and follow one image to learn which layers it uses."""
-        image = self._take(self.images, slice(1))  # [1, ...]
-        with torch.no_grad():
-            plain = private(image)
+        image = self.images[:1]
+        plain = probed(private, image)
+        if isinstance(plain, Tensor) and plain.dim() < 2 <= len(self.images):
+            # A squeeze: followed on two copies, of which the collector knows.
+            image, self.collector.copies = torch.cat([image, image]), 2
+            self.batch_size = max(2, self.batch_size)
+            plain = probed(private, image)
         check_logits(plain, self.labels)
         if self.start == "contrastive" and plain.shape[1] < 2:
             raise ValueError("a contrastive start needs at least two classes")
-        traced = self.propagate(image)
+        traced = self.propagate(own(image, private))
         if not torch.allclose(traced, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
             raise UnsupportedLayerError(
-                "the traced forward pass differs from the model's: the result of an in-place "
-                "operation is not used, or evaluation mode is random; use the returned value"
+                "the traced forward pass differs from the model's: evaluation mode is random, or "
+                "a tensor is changed in place where torch's functions do not see it"
             )
         layers = self.propagate.visited
+        self.collector.direct = any(rule.name in DIRECT for rule in layers.values())
         for pattern in rule if isinstance(rule, Mapping) else ():
             if not any(fnmatchcase(path, pattern) for path in layers):
                 raise ValueError(f"no layer fits {pattern!r}; layers: {', '.join(layers)}")
 
-    def _take(self, data: Tensor, part: slice) -> Tensor:
-        taken = data[part].to(self.device)
-        return taken.clone() if taken.is_inference() else taken
-
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [batch, ...] and labels [batch], on the model's device."""
-        for first in range(0, len(self.images), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            yield self._take(self.images, part), self._take(self.labels, part)
+        for part in batched(len(self.images), self.batch_size):
+            yield (
+                own(self.images[part], self.propagate.model),
+                own(self.labels[part], self.propagate.model),
+            )
 
     def collect(self) -> C:
         """Propagate everything; gives the collector."""
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision():
             for images, labels in self.batches():
                 logits = self.propagate(self.collector.begin(images))  # [batch, classes]
                 if self.collector.backwards:
@@ -113,12 +138,13 @@ def totals(
     wanted: str = "sum",
     batch_size: int = 32,
     ordinary: bool = False,
+    output: Output | None = None,
 ) -> dict[str, Tensor]:
     """What reference samples bring to every weight, added up over them.
 
     Parameters
     ----------
-    model, images, labels, rule, start, batch_size
+    model, images, labels, rule, start, batch_size, output
         As for ``lib.relevance.weight_relevance``.
     wanted : {"sum", "abs", "rms", "moments"}
         Relevance summed; its absolute values or its squares in each sample summed; or, without
@@ -139,5 +165,7 @@ def totals(
     """
     if wanted not in WANTED:
         raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
-    run = Run(WANTED[wanted], model, images, labels, rule, start, batch_size, ordinary)
-    return run.collect().totals
+    run = Run(WANTED[wanted], model, images, labels, rule, start, batch_size, ordinary, output)
+    weights = dict(unwrapped(model).named_parameters())
+    # In half precision everything is computed in float32.
+    return {n: total.to(weights[n].dtype) for n, total in run.collect().totals.items()}

@@ -25,9 +25,15 @@ class Collected(Collector):
         Images in the batch; 0 before the first, while one image is followed to learn of layers.
     backwards : bool
         Whether relevance is wanted, or only what the forward pass reads.
+    copies : int
+        How often the one image that is followed stands in its batch.
+    direct : bool
+        Whether a rule gives relevance to pixels that are zero.
     """
 
     backwards: bool = True
+    copies: int = 1
+    direct: bool = False
 
     def __init__(self, weights: dict[str, Tensor]):
         self.weights, self.samples = weights, 0
@@ -96,7 +102,7 @@ class PerSample(PerWeight):
         number = self.uses.total() % len(self.singles)
         if number == len(self.layouts):
             single, samples = self.singles[number], self.stacked * self.samples
-            self.layouts.append(find_samples(a, single, samples))
+            self.layouts.append(find_samples(a, single, samples, self.copies))
         layer.layout = self.layouts[number]
         self.uses[layer.key] += 1
 
@@ -161,7 +167,7 @@ class Units(Collected):
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__(weights)
-        self.counts: Counter[str] = Counter()  # terms in each unit's sum
+        self.counts: dict[str, Tensor] = {}  # terms in each unit's sum
 
     def unit(self, layer: Layer, g: Tensor) -> None:
         axis = 1 if layer.operation.options else g.dim() - 1
@@ -169,7 +175,8 @@ class Units(Collected):
         self._add(layer, squared, g.numel() // len(squared))
 
     def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
-        size, width = self.weights[layer.place[0]].shape
+        name, first, last = layer.place
+        size, width = self.weights[name][first:last].shape
         flat = indices.reshape(-1)
         squared = g.reshape(-1, width).square().mean(1)  # [look-ups]
         self._add(layer, g.new_zeros(size).index_add_(0, flat, squared), len(flat))
@@ -178,14 +185,14 @@ class Units(Collected):
         name, first, last = layer.place
         if name not in self.totals:
             size = len(squared) if last is None else len(self.weights[name])
-            self.totals[name] = squared.new_zeros(size)
+            self.totals[name], self.counts[name] = squared.new_zeros(2, size)
         self.totals[name][first:last] += squared
-        self.counts[name] += count if not first else 0
+        self.counts[name][first:last] += count
 
     def means(self) -> dict[str, Tensor]:
         """Weight name -> mean of each unit, 0 where the layer did not run."""
         return {
-            name: self.totals[name] / self.counts[name]
+            name: self.totals[name] / self.counts[name].clamp(min=1)
             if name in self.totals else w.new_zeros(len(w))
             for name, w in self.weights.items()
         }  # fmt: skip
@@ -199,8 +206,12 @@ class Inputs(Collected):
         self.maps: list[Tensor] = []  # of each batch, like its images
 
     def begin(self, images: Tensor) -> Tensor:
-        self.image = super().begin(images).detach().clone().requires_grad_()
-        self.direct = torch.zeros_like(images)
+        # in rows, so that a view of it is told from a rearrangement
+        image = super().begin(images).clone(memory_format=torch.contiguous_format)
+        if self.direct:  # far below rounding, so that relevance over activation is defined
+            image[image == 0] = 1e-20
+        self.image = image.requires_grad_()
+        self.kept = torch.zeros_like(image)  # relevance of pixels that layers read as they are
         return self.image
 
     def pixels(self, a: Tensor, relevance: Tensor) -> bool:
@@ -208,11 +219,11 @@ class Inputs(Collected):
         image = self.image
         same = a.data_ptr() == image.data_ptr() and a.numel() == image.numel() and a.is_contiguous()
         if same:
-            self.direct += relevance.reshape(image.shape)
+            self.kept += relevance.reshape(image.shape)
         return same
 
     def end(self) -> None:
         gradient = self.image.grad
         self.maps.append(
-            self.direct if gradient is None else self.direct + self.image.detach() * gradient
+            self.kept if gradient is None else self.kept + self.image.detach() * gradient
         )

@@ -6,14 +6,15 @@ Each takes the forward pass it is called in and the function's own arguments.
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Collector, Embed, Key, Layer, UnsupportedLayerError
+from ..inputs import UnsupportedLayerError
+from .layers import Activate, Collector, Embed, Key, Layer
 from .operations import Operation
 from .rules import Rule
 
@@ -32,6 +33,7 @@ class Forward(Protocol):
     def use(self, a: Tensor, operation: Operation, rule: Rule, key: Key | None) -> Layer: ...
     def key(self, w: Tensor) -> Key | None: ...
     def half(self, x: Tensor) -> Tensor: ...
+    def gated(self, signal: Tensor, gate: "Gate") -> Tensor: ...
     def refuse(self, what: str, advice: str = "") -> UnsupportedLayerError: ...
 
 
@@ -81,10 +83,15 @@ def _embedding(
 ) -> Tensor:  # fmt: skip
     if max_norm is not None:
         raise mode.refuse("an embedding with max_norm", "set max_norm to None")
-    layer = mode.use(input, Operation(), Rule(), mode.key(weight))
-    rows = Embed.apply(input, mode.anchor, weight, layer)  # [..., width]
+    return look_up(mode, input, weight, mode.key(weight))
+
+
+def look_up(mode: Forward, indices: Tensor, weight: Tensor, key: Key | None) -> Tensor:
+    """Rows [..., width] of a weight, to which relevance returns."""
+    layer = mode.use(indices, Operation(), Rule(), key)
+    rows = Embed.apply(indices, mode.anchor, weight, layer)  # [..., width]
     if layer.layout is None:
-        rows.lookup = (input, mode.anchor, weight, layer)
+        rows.lookup = (indices, mode.anchor, weight, layer)
     return rows
 
 
@@ -95,7 +102,8 @@ def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
         return summands
     indices, anchor, weight, layer = summands[shared[0]].lookup
     layer = replace(layer, layout=(0, False))
-    every = indices.expand(summands[1 - shared[0]].shape[:-1])  # [samples, positions]
+    shape = torch.broadcast_shapes(summands[0].shape, summands[1].shape)
+    every = indices.expand(shape[:-1])  # [samples, positions]
     rows = Embed.apply(every, anchor, weight, layer)  # [samples, positions, width]
     return [rows if i in shared else t for i, t in enumerate(summands)]
 
@@ -218,6 +226,54 @@ def _multi_head_attention(mode: Forward, *args: Any, **kwargs: Any) -> tuple[Ten
     return out.transpose(0, 1), attention if p["need_weights"] else None
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The output of a sigmoid, or what shifts, factors and another shape made of it.
+
+    Attributes
+    ----------
+    value : Tensor
+        As propagated, whatever becomes of it.
+    moved : Tensor
+        The same values; relevance reaches the sigmoid's input x by what moves the gate away from
+        its rest, ``(σ(x) - σ(0)) / x``, which is bounded where ``σ(x) / x`` is not.
+    rest : Tensor
+        What it would be for x = 0.
+    """
+
+    value: Tensor
+    moved: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, value: Tensor, name: str = "sigmoid") -> "Gate":
+        """The sigmoid, or hard sigmoid, of x."""
+        with torch.no_grad():  # without the rounding of a difference
+            beyond = (x / 2).tanh() / 2 if name == "sigmoid" else (x / 6).clamp(-0.5, 0.5)
+        rest = torch.full_like(x, 0.5)
+        return cls(value, Activate.apply(x, beyond) + rest, rest)
+
+    def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Gate":
+        """What an affine function makes of it."""
+        moved, rest = (
+            func(*(new if a is self.value else a for a in args), **kwargs)
+            for new in (self.moved, self.rest)
+        )
+        return Gate(value, moved, rest)
+
+    def times(self, signal: Tensor) -> Tensor:
+        """The product with a signal, each of the two getting its Shapley value."""
+        at_rest = signal * (self.value.detach() + self.rest) / 2
+        return at_rest + signal.detach() / 2 * (self.moved - self.rest)
+
+
+def _glu(mode: Forward, input: Tensor, dim: int = -1) -> Tensor:
+    signal, x = input.chunk(2, dim)
+    with torch.no_grad():
+        value = x.sigmoid()
+    return mode.gated(signal, Gate.of(x, Activate.apply(x, value)))
+
+
 LAYERS: dict[str, Callable] = {
     "linear": _linear,
     **{f"conv{d}d": _convolution(d, False) for d in (1, 2, 3)},
@@ -231,4 +287,5 @@ NORMALISATIONS: dict[str, Callable] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
+    "glu": _glu,
 }

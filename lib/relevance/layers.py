@@ -7,14 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..inputs import UnsupportedLayerError
 from .operations import Layout, Operation
 from .rules import DIRECT, Rule, terms
 
 Key = tuple[str, int | None, int | None]  # a weight's name and which of its rows
-
-
-class UnsupportedLayerError(NotImplementedError):
-    """A layer or function through which relevance has no defined way."""
 
 
 class Collector(Protocol):

@@ -144,7 +144,7 @@ def _matrices(
     return left, right, w.reshape(left.shape[1], left.shape[2], -1)
 
 
-def find_samples(batch: Tensor, single: Tensor, samples: int) -> Layout | None:
+def find_samples(batch: Tensor, single: Tensor, samples: int, copies: int = 1) -> Layout | None:
     """Find the samples in a layer's input.
 
     Parameters
@@ -152,7 +152,7 @@ def find_samples(batch: Tensor, single: Tensor, samples: int) -> Layout | None:
     batch : Tensor
         What the layer reads for a batch of so many samples.
     single : Tensor
-        What it reads for the first of them alone.
+        What it reads for the first of them alone, or for so many copies of it.
 
     Returns
     -------
@@ -162,13 +162,23 @@ def find_samples(batch: Tensor, single: Tensor, samples: int) -> Layout | None:
     if samples == 1:
         return (0, False)
     sizes = enumerate(zip(batch.shape, single.shape, strict=False))
-    axis = next((d for d, (size, one) in sizes if size == samples * one), None)
-    if axis is None:
+    axis = next((d for d, (size, one) in sizes if copies * size == samples * one), None)
+    if axis is None or single.shape[axis] % copies:
         return None
-    parts = batch.unflatten(axis, (samples, -1)), batch.unflatten(axis, (-1, samples))
-    firsts = parts[0].select(axis, 0), parts[1].select(axis + 1, 0)
     atol = 1e-4 * float(single.abs().max())
-    for fastest, first in enumerate(firsts):
-        if first.shape == single.shape and torch.allclose(first, single, rtol=1e-3, atol=atol):
-            return axis, bool(fastest)
+    for fastest in (False, True):
+        first = _parts(batch, axis, samples, fastest)[0]
+        others = _parts(single, axis, copies, fastest)
+        if all(
+            first.shape == other.shape and torch.allclose(first, other, rtol=1e-3, atol=atol)
+            for other in others
+        ):
+            return axis, fastest
     return None
+
+
+def _parts(t: Tensor, axis: int, count: int, fastest: bool) -> tuple[Tensor, ...]:
+    """The entries of each of so many samples along an axis."""
+    if fastest:
+        return t.unflatten(axis, (-1, count)).unbind(axis + 1)
+    return t.unflatten(axis, (count, -1)).unbind(axis)

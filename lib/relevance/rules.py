@@ -25,6 +25,13 @@ class Rule:
         anything that matters, so that relevance is conserved; zennit's default is 1e-6.
     gamma : float
         Extra weight of the favoured sign in ``gamma``.
+    gate : {"shapley", "signal", "half"}
+        How ``p = s σ(x)``, the product of a signal and a gate (sigmoid or hard sigmoid), shares its
+        relevance. ``shapley``: signal and gate get the shares ``(σ(x) + σ(0)) / 2 σ(x)`` and
+        ``(σ(x) - σ(0)) / 2 σ(x)``, their Shapley values when absent ones are zero; this conserves
+        relevance, and the modified gradient at x is at most that at p times ``s / 8``. ``signal``:
+        all goes to the signal, so that layers that compute gates have no relevance. ``half``: one
+        half to each, as for products of any other activations; without bound where x is small.
     low, high : float or tuple of float, optional
         Bounds of the images for ``box``, one number or one per channel; by default the least and
         greatest value of the images given.
@@ -48,7 +55,9 @@ class Rule:
     ----------
     Bach et al. 2015, PLoS ONE 10(7), eq. 58 (epsilon) and 60 (alpha-beta); Montavon et al. 2017,
     Pattern Recognition 65 (zplus, box); Montavon et al. 2019, LNCS 11700, ch. 10 (gamma);
-    Lapuschkin et al. 2019, Nat. Commun. 10 (flat).
+    Lapuschkin et al. 2019, Nat. Commun. 10 (flat); Arras et al. 2017, arXiv 1706.07206 (signal);
+    Achtibat et al. 2024, arXiv 2402.05602 (half); Lundberg and Lee 2017, arXiv 1705.07874, eq. 8
+    (shapley).
     """
 
     name: str = "epsilon"
@@ -56,12 +65,15 @@ class Rule:
     gamma: float = 0.25
     low: float | tuple[float, ...] | None = None
     high: float | tuple[float, ...] | None = None
+    gate: str = "shapley"
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"unknown rule {self.name!r}; known: {', '.join(known())}")
         if self.epsilon < 0 or self.gamma < 0:
             raise ValueError("epsilon and gamma must not be negative")
+        if self.gate not in GATES:
+            raise ValueError(f"unknown gate {self.gate!r}; known: {', '.join(GATES)}")
 
     def is_gradient(self, dtype: torch.dtype) -> bool:
         """Whether the shares ``R_k / z_k`` equal the incoming gradient to machine precision."""
@@ -71,6 +83,7 @@ class Rule:
 
 RULES = ("epsilon", "lrp-0", "zplus", "gamma", "alpha2beta1", "flat", "box")
 DIRECT = ("flat", "box")
+GATES = ("shapley", "signal", "half")
 # name: rule of dense layers, of convolutions, of the first layer (None: like the others)
 COMPOSITES: dict[str, tuple[str, str, str | None]] = {
     "epsilon-plus": ("epsilon", "zplus", None),
@@ -111,7 +124,7 @@ def chooser(rule: RuleLike) -> Chooser:
         Unknown name; the message lists the known ones.
     """
     if isinstance(rule, Rule):
-        others = Rule(epsilon=rule.epsilon) if rule.name in DIRECT else rule
+        others = Rule(epsilon=rule.epsilon, gate=rule.gate) if rule.name in DIRECT else rule
         return lambda path, convolution, first: rule if first else others
     if isinstance(rule, Mapping):
         choices = [(pattern, _chosen(choice)) for pattern, choice in rule.items()]

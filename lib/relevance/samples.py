@@ -1,4 +1,4 @@
-"""What relevance starts from and ends at: logits and labels, and the weights that are scored."""
+"""What relevance starts from and ends at: logits, and the weights that are scored."""
 
 import torch
 from torch import Tensor, nn
@@ -31,40 +31,14 @@ def scored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = set()
     for module in model.modules():
-        if isinstance(module, SCORED):
-            found.add(id(module.weight))
+        if isinstance(module, SCORED):  # a computed weight is no parameter, and gone by then
+            found.add(id(module._parameters.get("weight")))
         if isinstance(module, nn.MultiheadAttention):
             found |= {id(p) for n, p in module.named_parameters(recurse=False) if "weight" in n}
     weights = {name: p for name, p in model.named_parameters() if id(p) in found}
     if not weights:
         raise ValueError("the model has no linear, convolution, embedding or attention weights")
     return weights
-
-
-def check_samples(images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless images are finite, not empty, and as many as the labels."""
-    if len(images) == 0:
-        raise ValueError("no reference images given")
-    if labels.shape != (len(images),):
-        raise ValueError(f"{len(images)} images but labels of shape {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        raise ValueError("labels must be integers, the true classes")
-    if images.is_floating_point() and not images.isfinite().all():
-        raise ValueError("images contain NaN or infinite values")
-
-
-def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless one image's output is logits that the labels index."""
-    if logits.dim() != 2:
-        shape = tuple(logits.shape)
-        raise ValueError(f"the model must return logits [samples, classes], got {shape}")
-    if not logits.isfinite().all():
-        raise ValueError("the model returns NaN or infinite logits")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, "
-            f"the model has classes 0 to {logits.shape[1] - 1}"
-        )
 
 
 def start_gradient(logits: Tensor, labels: Tensor, start: str) -> Tensor:

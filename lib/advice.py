@@ -1,0 +1,66 @@
+"""What a result should be told with: sizes it is compared with, and warnings."""
+
+import warnings
+
+from torch import Tensor, nn
+
+from .codec import Compressed
+from .finetune import evaluate
+from .prune import Removed
+
+UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
+FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Its state_dict, without what modules add to it that is no tensor (extra state)."""
+    return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of a state_dict in float32; integer buffers as they are, tied weights once."""
+    entries = tensors_of(model).values()
+    single = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else id(t): t for t in entries}
+    return sum((4 if t.is_floating_point() else t.element_size()) * t.numel()
+               for t in single.values())  # fmt: skip
+
+
+def warn_of_unscored(removed: Removed, result: Compressed) -> None:
+    """Name the layers whose matrices are stored as floats, since no rule scores them."""
+    scored = {id(removed.network.get_parameter(name)) for name in removed.masks}
+    sizes: dict[str, int] = {}
+    for name, p in removed.network.named_parameters():
+        if p.ndim > 1 and id(p) not in scored and name in result:
+            path = name.rpartition(".")[0]
+            module = removed.network.get_submodule(path)
+            owner = f"{path or '(the model itself)'!r} ({type(module).__name__})"
+            entry = result[name]
+            size = entry.nbytes if isinstance(entry, Tensor) else 0
+            sizes[owner] = sizes.get(owner, 0) + size
+    total = result.nbytes
+    if sum(sizes.values()) >= UNSCORED * total:
+        parts = [f"{owner}: {size / total:.0%} of the file" for owner, size in sizes.items()]
+        warnings.warn(
+            "weights that no rule scores are stored as they are, neither pruned nor quantized: "
+            + ", ".join(parts),
+            stacklevel=3,
+        )
+
+
+def warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels: Tensor) -> None:
+    """Warn where much accuracy on the reference images is lost, or was never there."""
+    before = evaluate(model, images, labels)
+    after = evaluate(result.to_model(model), images, labels)
+    chance = 100 * float(labels.bincount().max()) / len(labels)
+    if before <= chance + FAR / 2 < 100:
+        warnings.warn(
+            f"the model itself is near chance on the reference images ({before:.1f} %): are they "
+            "normalised as in training, and the labels in its order?",
+            stacklevel=3,
+        )
+    elif before - after > FAR:
+        warnings.warn(
+            f"compression took the accuracy on the reference images from {before:.1f} to "
+            f"{after:.1f} %: take a gentler recipe or a larger budget",
+            stacklevel=3,
+        )

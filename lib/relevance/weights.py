@@ -1,0 +1,139 @@
+"""Scored weights that a forward pass uses outside of their layers: followed, or refused by name."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..inputs import UnsupportedLayerError, tensors
+from .functions import Forward, look_up
+from .layers import Key
+from .operations import Operation
+
+# What leaves the weight as it is, whatever its gradient: relevance does not ask for it.
+SAME = {
+    "contiguous", "to", "float", "double", "type", "type_as", "clone", "detach", "data", "view_as",
+}  # fmt: skip
+TURNED = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis"}
+LOOKUPS = {"getitem", "select", "index_select", "narrow"}
+PRODUCTS = {"matmul", "mm", "addmm"}
+
+
+class Following(Forward, Protocol):
+    """What is asked of the forward pass besides."""
+
+    names: dict[int, str]
+    aliases: dict[int, tuple[Tensor, Key, bool]]
+
+    def vouch(self, result: Any) -> Any: ...
+    def carries(self, name: str) -> bool: ...
+    def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any: ...
+
+
+def place(mode: Following, value: Any) -> tuple[Key, bool] | None:
+    """Which rows of which scored weight a value is, and whether transposed; None for others."""
+    if id(value) in mode.names:
+        return (mode.names[id(value)], None, None), False
+    return mode.aliases[id(value)][1:] if id(value) in mode.aliases else None
+
+
+def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """The result of a function, not a layer's, of which an argument is a scored weight.
+
+    Views of it are remembered, for the layer that reads them. ``x @ w.T`` is a linear layer. Rows
+    that are added to activations, joined with them or rearranged are looked up, as an embedding
+    does. All else has no rule.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        Names the weight, the function and the module.
+    """
+    if name in PRODUCTS and (result := _product(mode, name, args, kwargs)) is not None:
+        return result
+    subject = place(mode, args[0]) if args else None
+    if subject is not None:
+        weight, (key, turned) = args[0], subject
+        with torch.no_grad():
+            value = func(*args, **kwargs)
+        if not any(t.is_floating_point() for t in tensors(value)):
+            return value  # a shape, a device
+        if isinstance(value, Tensor):
+            if value is weight:
+                return value
+            if name in SAME and value.shape == weight.shape and value.dtype == weight.dtype:
+                return _remember(mode, value, key, turned)
+            if name in TURNED and weight.dim() == 2 and value.stride() == weight.stride()[::-1]:
+                return _remember(mode, value, key, not turned)
+            if rows := _rows(weight, value, key, turned):
+                return _remember(mode, value, rows, turned)
+        if name in LOOKUPS and weight.dim() == 2 and not turned:
+            every = torch.arange(len(weight), device=weight.device)
+            index = _index(func, every, args[1:], kwargs)
+            if index is not None:
+                return look_up(mode, index, weight, key)
+    tree = args, kwargs
+    args, kwargs = _looked_up(mode, name, tree)
+    return mode.applied(func, name, args, kwargs)
+
+
+def _product(mode: Following, name: str, args: tuple, kwargs: dict) -> Tensor | None:
+    """``x @ w.T`` and ``b + x @ w.T``, as a layer."""
+    *rest, x, w = args if len(args) > 1 else (None, None)
+    at = place(mode, w)
+    plain = not kwargs and len(rest) == (name == "addmm")
+    if at is None or not at[1] or not plain or place(mode, x) or x.dim() < 2:
+        return None
+    bias = rest[0] if rest else None
+    if bias is not None and (bias.dim() != 1 or bias.requires_grad or place(mode, bias)):
+        return None
+    return mode.layer(x, w.mT, bias, Operation(), at[0])
+
+
+def _remember(mode: Following, value: Tensor, key: Key, turned: bool) -> Tensor:
+    mode.aliases[id(value)] = (value, key, turned)
+    return value
+
+
+def _rows(weight: Tensor, value: Tensor, key: Key, turned: bool) -> Key | None:
+    """The key of consecutive rows of a weight, where a view consists of these."""
+    if turned or value.shape[1:] != weight.shape[1:] or value.stride() != weight.stride():
+        return None
+    if value.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        return None
+    first = int((value.storage_offset() - weight.storage_offset()) // weight.stride(0))
+    first += key[1] or 0
+    return key[0], first, first + len(value)
+
+
+def _index(func: Callable, every: Tensor, rest: tuple, kwargs: dict) -> Tensor | None:
+    """Numbers of the rows that a look-up takes; None where it looks for more than rows."""
+    first = rest[0] if rest else None
+    if func is Tensor.__getitem__ and isinstance(first, tuple):
+        return None
+    if func is not Tensor.__getitem__ and kwargs.get("dim", first) not in (0, -2):
+        return None
+    return func(every, *(0 if first == -2 else r for r in rest), **kwargs)
+
+
+def _looked_up(mode: Following, name: str, tree: Any) -> Any:
+    """The same arguments, with rows looked up in place of scored weights."""
+    if not any(place(mode, t) for t in tensors(tree)):
+        return tree
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_looked_up(mode, name, branch) for branch in tree)
+    if isinstance(tree, dict):
+        return {key: _looked_up(mode, name, branch) for key, branch in tree.items()}
+    key, turned = place(mode, tree) or ((name, None, None), True)
+    if tree.dim() != 2 or turned or not mode.carries(name):
+        raise refusal(mode, key, name)
+    return mode.vouch(look_up(mode, torch.arange(len(tree), device=tree.device), tree, key))
+
+
+def refusal(mode: Forward, key: Key, name: str) -> UnsupportedLayerError:
+    """The error for a scored weight in a function that has no rule for it."""
+    return mode.refuse(
+        f"the weight {key[0]!r} in {name!r}, outside of its layer",
+        "call the layer, or torch.nn.functional.linear with the weight itself",
+    )

@@ -1,0 +1,266 @@
+"""Weights used outside of their layers, in place, under no_grad: followed, or refused by name."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib import compress
+from lib.relevance import (
+    AGGREGATES,
+    UnsupportedLayerError,
+    input_relevance,
+    unit_sensitivity,
+    weight_relevance,
+)
+
+
+class Net(nn.Module):
+    """Two linear layers, a table, and a forward that the test writes."""
+
+    def __init__(self, function, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.q = nn.Embedding(4, 6)
+        self.function = function
+        self.double().eval()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _data(samples=5):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 4, generator=generator).double()
+    return x, torch.arange(samples) % 3
+
+
+def _expected(model, x, y, aggregate):
+    """Weight times gradient of each sample: the epsilon rule of a network of ReLU."""
+    samples = []
+    for one, label in zip(x.split(1), y.split(1), strict=True):
+        model.zero_grad()
+        model(one.clone()).gather(1, label[:, None]).sum().backward()
+        samples.append({
+            name: (p * (0 if p.grad is None else p.grad)).detach()
+            for name, p in model.named_parameters()
+            if p.ndim > 1
+        })  # fmt: skip
+    total = {}
+    for name in samples[0]:
+        every = torch.stack([sample[name] for sample in samples])
+        total[name] = {
+            "sum": every.sum(0), "abs": every.abs().sum(0), "rms": every.square().mean(0).sqrt(),
+        }[aggregate]  # fmt: skip
+    return total
+
+
+def _kept(x):
+    return x.relu() * 1  # so that plain autograd allows a change in place
+
+
+def in_place_not_used(s, x):
+    h = _kept(s.a(x))
+    h.add_(s.b(x))
+    h.mul_(0.5)
+    return s.c(h)
+
+
+def views_that_overlap(s, x):
+    h = _kept(s.a(x))
+    h[:, :3].add_(1.0)
+    h[:, 2:4].mul_(2.0)
+    return s.c(h)
+
+
+def columns_added_to(s, x):
+    h = _kept(s.a(x))
+    h[:, :3] += s.b(x)[:, :3]
+    return s.c(h)
+
+
+def columns_filled(s, x):
+    h = torch.zeros(len(x), 6).double()
+    h[:, :3] = s.a(x)[:, :3]
+    h[:, 3:] = s.b(x)[:, 3:].relu()
+    return s.c(h)
+
+
+def base_of_a_changed_view(s, x):
+    h = s.a(x)
+    h.view(-1, 2, 3)[:, 0].relu_()
+    return s.c(h)
+
+
+def result_and_original(s, x):
+    h = s.a(x)
+    y = h.add_(1.0)
+    h.mul_(2.0)
+    return s.c(y)
+
+
+def half_of_the_columns(s, x):
+    h = _kept(s.a(x))
+    first, second = h[:, :3], h[:, 3:]
+    first.zero_()
+    return s.c(torch.cat([first, second], 1))
+
+
+def copied_into(s, x):
+    h = torch.empty(len(x), 6).double()
+    h.copy_(s.a(x))
+    return s.c(F.relu(h, True))
+
+
+def own_forward(s, x):
+    return (x @ s.a.weight.T + s.a.bias).relu() @ s.c.weight.t() + s.c.bias
+
+
+def as_torch_functions(s, x):
+    return torch.addmm(s.c.bias, torch.mm(x, s.a.weight.t()).relu(), s.c.weight.T)
+
+
+def some_rows_in_a_product(s, x):
+    h = torch.cat([x @ s.a.weight[:2].T, F.linear(x, s.a.weight[2:])], 1)
+    return s.c((h + s.a.bias).relu())
+
+
+def rows_of_a_table(s, x):
+    return s.c((s.a(x)[:, None] + s.q.weight[1:3]).relu().mean(1))
+
+
+def one_row(s, x):
+    return s.c((s.a(x) + s.q.weight[2]).relu())
+
+
+def rows_by_index(s, x):
+    return s.c((s.a(x) + s.q.weight[torch.tensor([1])]).relu())
+
+
+FOLLOWED = [
+    in_place_not_used, views_that_overlap, columns_added_to, columns_filled, base_of_a_changed_view,
+    result_and_original, half_of_the_columns, copied_into, own_forward, as_torch_functions,
+    some_rows_in_a_product, rows_of_a_table, one_row, rows_by_index,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
+def test_followed_is_weight_times_gradient(function, aggregate):
+    model, (x, y) = Net(function), _data()
+    scores = weight_relevance(model, x, y, aggregate=aggregate, batch_size=3)
+    wanted = _expected(copy.deepcopy(model), x, y, aggregate)
+    torch.testing.assert_close(scores, wanted, rtol=1e-9, atol=1e-12)
+    assert any(score.any() for score in scores.values())
+
+
+@pytest.mark.filterwarnings("ignore:the model itself is near chance")
+@pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
+def test_followed_has_units_and_inputs_and_compresses(function):
+    model, (x, y) = Net(function), _data(12)
+    image = x.clone().requires_grad_()
+    model(image * 1).gather(1, y[:, None]).sum().backward()
+    torch.testing.assert_close(input_relevance(model, x, y), x * image.grad, rtol=1e-9, atol=1e-12)
+    units = unit_sensitivity(model, x, y)
+    assert all(unit.isfinite().all() for unit in units.values())
+    decoded = compress(model, x, y, "lrp-gradual-rd").to_model(model)
+    assert decoded(x * 1).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["zplus", "gamma", "alpha2beta1"])
+def test_a_product_with_the_transposed_weight_is_its_layer_under_any_rule(rule):
+    x, y = _data()
+    for other in (own_forward, as_torch_functions):
+        model, plain = Net(other), Net(lambda s, x: s.c(s.a(x).relu()))
+        if other is as_torch_functions:  # whose first product has no bias
+            nn.init.zeros_(model.a.bias), nn.init.zeros_(plain.a.bias)
+        else:  # a bias added afterwards takes no part in the sharing
+            for net in (model, plain):
+                nn.init.zeros_(net.a.bias), nn.init.zeros_(net.c.bias)
+        scores, wanted = (weight_relevance(m, x, y, rule=rule) for m in (model, plain))
+        torch.testing.assert_close(scores, wanted)
+
+
+def test_a_slice_of_the_table_counts_with_its_look_ups():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.pos, self.fc = nn.Embedding(7, 4), nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, t):
+            h = self.fc(self.emb(t) + self.pos.weight[: t.shape[1]]).relu().mean(1)
+            return h @ self.emb.weight.T
+
+    torch.manual_seed(0)
+    model, t, y = Tokens().double(), torch.randint(0, 7, (8, 5)), torch.randint(0, 7, (8,))
+    torch.testing.assert_close(weight_relevance(model, t, y), _expected(model, t, y, "sum"))
+    scores = weight_relevance(model, t, y, aggregate="abs", batch_size=3)
+    wanted = _expected(model, t, y, "abs")
+    for name in ("pos.weight", "fc.weight"):  # both uses of the other are summed apart
+        torch.testing.assert_close(scores[name], wanted[name])
+
+
+def _without_gradients(s, x):
+    with torch.no_grad():
+        h = s.a(x).relu()
+    return s.c(h)
+
+
+def _in_inference(s, x):
+    with torch.inference_mode():
+        h = s.a(x).relu()
+    return s.c(h.clone())
+
+
+def _switched(s, x):
+    torch.set_grad_enabled(False)
+    h = s.a(x).relu()
+    torch.set_grad_enabled(True)
+    return s.c(h)
+
+
+def _detached_weight(s, x):
+    return F.linear(F.linear(x, s.a.weight.detach(), s.a.bias).relu(), s.c.weight.data, s.c.bias)
+
+
+@pytest.mark.parametrize(
+    "function", [_without_gradients, _in_inference, _switched, _detached_weight]
+)
+def test_what_runs_without_gradients_has_its_relevance(function):
+    x, y = _data()
+    model, plain = Net(function), Net(lambda s, x: s.c(s.a(x).relu()))
+    for call in (weight_relevance, input_relevance, unit_sensitivity):
+        torch.testing.assert_close(call(model, x, y), call(plain, x, y), rtol=0, atol=0)
+
+
+REFUSED = {
+    "transposed": lambda s, x: F.linear(s.a(x).relu(), s.a.weight.t())[:, :3],
+    "not transposed": lambda s, x: (s.a(x).relu() @ s.a.weight)[:, :3],
+    "einsum": lambda s, x: s.c(torch.einsum("ni,oi->no", x, s.a.weight).relu()),
+    "scaled": lambda s, x: s.c(F.linear(x, s.a.weight * 2).relu()),
+    "normalised": lambda s, x: s.c(F.linear(x, F.normalize(s.a.weight)).relu()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_uses_are_refused_with_the_weight(name):
+    x, y = _data()
+    for call in (weight_relevance, input_relevance, unit_sensitivity):
+        with pytest.raises(UnsupportedLayerError, match="'a.weight'"):
+            call(Net(REFUSED[name]), x, y)
+
+
+def test_reading_its_shape_is_no_use_of_a_weight():
+    def read(s, x):
+        assert s.a.weight.shape == (6, 4) and s.a.weight.numel() == 24
+        torch.zeros_like(s.a.weight)
+        return s.c(s.a(x.to(s.a.weight.dtype)).relu())
+
+    x, y = _data()
+    torch.testing.assert_close(
+        weight_relevance(Net(read), x, y),
+        weight_relevance(Net(lambda s, x: s.c(s.a(x).relu())), x, y),
+    )

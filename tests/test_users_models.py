@@ -1,0 +1,246 @@
+"""Models and data as users bring them: right, or refused by a sentence that names the remedy."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lib import RECIPES, Recipe, Sequential, Uniform, compress
+from lib.fold import fold_batchnorm
+from lib.relevance import (
+    AGGREGATES,
+    input_relevance,
+    unit_sensitivity,
+    weight_relevance,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:the model itself is near chance")
+CALLS = (compress, weight_relevance, input_relevance, unit_sensitivity)
+EIGHT = Recipe(store=Uniform(8))
+
+
+def _net(inputs=20):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def _data(samples=60, inputs=20):
+    torch.manual_seed(1)
+    return torch.randn(samples, inputs), torch.arange(samples) % 4
+
+
+def _error(model, other, images):
+    want = model(images).detach()
+    return float((other(images) - want).norm() / want.norm())
+
+
+class Around(nn.Module):
+    """The same network, called in another way."""
+
+    def __init__(self, function, net=None):
+        super().__init__()
+        self.n, self.function = _net() if net is None else net, function
+
+    def forward(self, x):
+        return self.function(self.n, x)
+
+
+def _autocast(n, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return n(x).float()
+
+
+SAME = {
+    "keyword": lambda n, x: n[2](input=n[1](n[0](input=x))),
+    "autocast": _autocast,
+    "in place on the images": lambda n, x: n(x.sub_(0.5).div_(0.25).mul_(0.25).add_(0.5)),
+    "squeeze": lambda n, x: n[2](n[1](n[0](x)).unsqueeze(1).squeeze()),
+}
+
+
+@pytest.mark.parametrize("way", SAME)
+def test_the_same_network_called_in_another_way(way):
+    model, plain, (x, y) = Around(SAME[way]), Around(lambda n, x: n(x)), _data(61)
+    given = x.clone()
+    for aggregate in AGGREGATES:
+        scores, wanted = (
+            weight_relevance(m, given, y, aggregate=aggregate, batch_size=4) for m in (model, plain)
+        )
+        torch.testing.assert_close(scores, wanted, rtol=1e-3, atol=1e-3)
+    for recipe in (*(r for r in RECIPES if "tuned" not in r), Recipe(store=Sequential())):
+        if way == "keyword" or recipe in ("uniform", "lrp-gradual-rd"):
+            ours, theirs = (compress(m, given, y, recipe) for m in (model, plain))
+            ours, theirs = ours.to_model(plain), theirs.to_model(plain)
+            assert _error(theirs, ours, x) < 0.1
+    assert torch.equal(given, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_any_dtype_of_model_and_default(dtype):
+    model, (x, y) = _net().to(dtype), _data()
+    exact = weight_relevance(copy.deepcopy(model).double(), x.to(dtype).double(), y)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, score in weight_relevance(model, x.to(dtype), y).items():
+            assert score.dtype == dtype
+            torch.testing.assert_close(score.double(), exact[name], rtol=0.02, atol=0.02)
+        assert input_relevance(model, x.to(dtype), y).dtype == dtype
+        for recipe in ("lrp-paper", "lrp-gradual-rd", "deeplift-baseline", Recipe()):
+            decoded = compress(model, x.to(dtype), y, recipe).to_model(model)
+            assert all(p.dtype == dtype for p in decoded.parameters())
+        assert (
+            _error(model, compress(model, x.to(dtype), y, EIGHT).to_model(model), x.to(dtype))
+            < 0.03
+        )
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "flat", "box"])
+def test_pixels_in_any_layout_keep_their_relevance(rule):
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3, bias=False))
+    model, x, y = nn.Sequential(*body), torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 0])
+    x[x < 0.5] = 0  # black
+    logits = model(x).gather(1, y[:, None])[:, 0].detach()
+    last = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    turned = nn.Sequential(Around(lambda n, x: n(x.permute(0, 3, 1, 2)), model))
+    layouts = [(model, x), (model, x.contiguous(memory_format=torch.channels_last)), (model, last),
+               (turned, x.permute(0, 2, 3, 1).contiguous())]  # fmt: skip
+    for net, images in layouts:
+        found = input_relevance(net, images, y, rule=rule).flatten(1).sum(1)
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-6)
+
+
+def test_images_that_require_grad_and_own_parameters_are_no_obstacle():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(20, 20))
+
+        def forward(self, x):
+            return F.linear(x, self.w)
+
+    model, (x, y) = nn.Sequential(Own(), _net()), _data()
+    scores = weight_relevance(model, x.clone().requires_grad_(), y)
+    twin = nn.Sequential(nn.Linear(20, 20, bias=False), model[1])
+    twin[0].weight = model[0].w
+    wanted = weight_relevance(twin, x, y)
+    assert set(scores) == {"1.0.weight", "1.2.weight"}
+    torch.testing.assert_close(scores, {name: wanted[name] for name in scores})
+
+
+def test_batchnorm_on_another_axis_and_a_kernel_used_twice_are_not_folded():
+    class TwoScales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.f = nn.Linear(144, 3)
+
+        def forward(self, x):
+            other = F.conv2d(x, self.c.weight, self.c.bias, padding=2, dilation=2)
+            return self.f((self.b(self.c(x)) + other).relu().flatten(1))
+
+    torch.manual_seed(0)
+    axis = nn.Sequential(
+        *(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    )
+    spectral = parametrizations.spectral_norm(nn.Conv2d(1, 4, 3, padding=1))
+    computed = nn.Sequential(spectral, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    for model, shape in ((axis, (6, 6)), (TwoScales(), (1, 6, 6)), (computed, (1, 6, 6))):
+        x, y = torch.randn(24, *shape), torch.arange(24) % 3
+        for module in model.eval().modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_var.uniform_(0.3, 3), module.running_mean.normal_()
+        assert torch.allclose(fold_batchnorm(model)(x), model(x), atol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert _error(model, compress(model, x, y, EIGHT).to_model(model), x) < 0.02
+
+
+def test_layers_that_no_rule_scores_are_named_with_their_share():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.f = nn.LSTM(5, 32, batch_first=True), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.f(self.l(x)[0][:, -1])
+
+    bag = nn.Sequential(nn.EmbeddingBag(100, 16), nn.Linear(16, 4))
+    y = torch.arange(24) % 4
+    numbers = torch.randint(0, 100, (24, 6))
+    cases = (Recurrent(), torch.randn(24, 4, 5), "'l' .LSTM"), (bag, numbers, "'0' .EmbeddingBag")
+    for model, x, name in cases:
+        with pytest.warns(UserWarning, match=rf"{name}.: 9\d%"):
+            compress(model, x, y, "uniform")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the model itself")
+        compress(_net(), *_data(), "uniform")
+
+
+def test_few_or_constant_images_warn_and_leave_a_network():
+    model, (x, y) = _net(), _data(200)
+    for images, match in ((x[:1], "1 reference image .*'0', '2'"),
+                          (torch.ones(50, 20), "50 reference images .*'0', '2'")):  # fmt: skip
+        for recipe in ("lrp-rd", "lrp-gradual-rd", Recipe(store=Sequential())):
+            with pytest.warns(UserWarning, match=match):
+                decoded = compress(model, images, y[: len(images)], recipe).to_model(model)
+            assert decoded(x).std(0).mean() > 0.1 * model(x).std(0).mean()
+
+
+def test_learned_queries_are_named_and_kept():
+    class Query(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(8))
+            self.of, self.a, self.c = nn.Linear(8, 16), nn.Linear(20, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.c((self.a(x) + self.of(self.q.expand(len(x), -1))).relu())
+
+    torch.manual_seed(0)
+    model, (x, y) = Query(), _data(200)
+    with pytest.warns(UserWarning, match="200 reference images .*'of' vary"):
+        compressed = compress(model, x, y, "lrp-rd")
+    assert _error(model, compressed.to_model(model), x) < 0.3
+
+
+def test_the_same_convolution_with_depth_one_and_a_bare_layer_are_treated_alike():
+    torch.manual_seed(0)
+    flat = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 6, 2, groups=2),
+                         nn.Flatten(), nn.Linear(24, 4))  # fmt: skip
+    first, second = (
+        nn.Conv3d(1, 6, (1, 3, 3), stride=(1, 2, 2)),
+        nn.Conv3d(6, 6, (1, 2, 2), groups=2),
+    )
+    deep = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(24, 4))
+    like = deep.state_dict()
+    deep.load_state_dict({k: v.reshape(like[k].shape) for k, v in flat.state_dict().items()})
+    bare, y = nn.Linear(20, 4), _data(200)[1]
+    x, v = torch.randn(200, 1, 8, 8), _data(200)[0]
+    for recipe in ("lrp-gradual-rd", Recipe(store=Sequential())):
+        for one, other, a, b in ((flat, deep, x, x[:, :, None]), (nn.Sequential(bare), bare, v, v)):
+            c, d = compress(one, a, y, recipe), compress(other, b, y, recipe)
+            assert abs(c.nbytes - d.nbytes) < 12
+            torch.testing.assert_close(c.to_model(one)(a), d.to_model(other)(b))
+
+
+def test_outputs_that_hold_the_logits_are_told_by_output():
+    plain, (x, y) = Around(lambda n, x: n(x)), _data()
+    for function, output in (
+        (lambda n, x: {"logits": n(x)}, lambda o: o["logits"]),
+        (lambda n, x: (x, n(x)), lambda o: o[1]),
+    ):
+        model = Around(function)
+        for call in CALLS[1:]:
+            torch.testing.assert_close(call(model, x, y, output=output), call(plain, x, y))
+        one, other = compress(model, x, y, output=output, ratio=5), compress(plain, x, y, ratio=5)
+        assert one.to_bytes() == other.to_bytes()
+        assert not model._forward_hooks
