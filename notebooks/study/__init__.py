@@ -5,9 +5,12 @@ From bottom to top; each module uses only those above it in this list:
 - ``data``, ``networks``, ``training``, ``bases``, ``profiles``: images, networks, how they are
   trained, how much of it
 - ``digests``, ``records``, ``tables``: where a run is found again, and what tables say of many
-- ``verdicts``, ``bdrate``, ``readings``, ``claims``: from tables to what holds
-- ``results``, ``jobs``, ``sweep``: files that are written, runs side by side, ``Study``
-- ``probes``, ``drift``, ``figures``, ``pictures``: what notebooks look at besides
+- ``jobs``, ``verdicts``, ``bdrate``, ``readings``, ``claims``: runs side by side; from tables to
+  what holds
+- ``results``, ``sweep``: files that are written, ``Study``
+- ``probes``, ``drift``, ``lessons``: what notebooks compute besides
+- ``names``, ``figures``, ``pictures``, ``sketches``, ``answers``: what notebooks show, and how it
+  is called
 - ``publish``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, the command line
 """
 

@@ -2,10 +2,18 @@
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
+import torch
+from torch import nn
+
+from lib import Compressed
+from lib.finetune import evaluate
 
 from .bdrate import bd_table
+from .data import split
+from .jobs import float_bytes
 from .profiles import Case
 from .readings import (
     ablation_claims,
@@ -63,6 +71,15 @@ CONTRIBUTION = [
 BD_PAIRS = [*((sequential, name) for name, sequential in SEQUENTIAL.items()), *CONTRIBUTION]
 STANDARD = "nncodec"
 """The standard coder's table, and what all its settings together are called: its best files."""
+
+
+def saved(case: Case, model: nn.Module, compressed: Compressed, path: Path) -> list[Claim]:
+    """Q1 to Q3 of a file, measured on the network that is loaded from it."""
+    network, expected = Compressed.load(path).to_model(model), compressed.to_model(model)
+    before, after = (evaluate(n, *split(case.dataset, "test")) for n in (model, network))
+    pairs = zip(network.state_dict().values(), expected.state_dict().values(), strict=True)
+    identical = all(torch.equal(one, two) for one, two in pairs)
+    return quickstart(case, float_bytes(model) / path.stat().st_size, before - after, identical)
 
 
 def quickstart(case: Case, ratio: float, lost: float, identical: bool) -> list[Claim]:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .data import ROOT
 
-_SHOWN = {"figures", "pictures", "publish", "stamps", "verify", "__main__"}
-"""Modules of ``study`` that compute no number of a result."""
+_SHOWN = {
+    "names", "figures", "pictures", "sketches", "answers", "lessons", "publish", "stamps", "verify",
+    "__main__",
+}  # fmt: skip
+"""Modules of ``study`` that no run of a recipe depends on: they show, or compute what is shown."""
 _LATER = {"type_params", "type_comment", "kind"}
 """Fields of syntax trees that Python versions differ in, or that no value depends on."""
 

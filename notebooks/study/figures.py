@@ -1,13 +1,17 @@
 """Figures of tables: one look, one colour for each method, returned as matplotlib figures."""
 
 from collections.abc import Iterable
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .names import network, readable
 
 plt.rcParams.update(
     {
@@ -24,34 +28,34 @@ plt.rcParams.update(
     }
 )
 
-BLUE, ORANGE, GREY, RED = "#2458a6", "#e07b22", "#8a8a8a", "#b5384a"
-_FAMILIES = {
-    "random": (GREY, "--"),
-    "shuffled": (GREY, "--"),
-    "reversed": (RED, "--"),
-    "deeplift": (ORANGE, "-"),
-    "magnitude": ("#8c6d31", "-"),
-}
-_OTHERS = (BLUE, "#3a8f57", "#7b4fa3", "#12a4b8", "#c2479d", "#4d4d4d")
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#e69f00", "#009e73", "#56b4e9"
+RED, PURPLE, BLACK, GREY = "#d55e00", "#cc79a7", "#222222", "#8a8a8a"
+"""Okabe and Ito's palette, told apart by colour-blind readers; in grey print markers and hatches
+do it."""
+SIGNED = "RdBu_r"  # red for, blue against
+_CONTROLS = {"random": (GREY, "--"), "shuffled": (GREY, "--"), "reversed": (BLACK, ":")}
+_BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "alike", "uniform")
+_OURS, _THEIRS = (BLUE, SKY, GREEN, PURPLE), (RED, ORANGE, PURPLE, GREEN)
+_MARKERS, _HATCHES = "osD^vPX*<>", ("", "//", "..", "xx", "--", "++", "oo")
 
 
-def _style(name: str, position: int) -> dict:
-    """Colour by family, else by position: controls are dashed, baselines warm."""
-    marker = {"marker": "osD^vPX*<>"[position % 10], "ms": 4}
-    for family, (colour, line) in _FAMILIES.items():
+def _style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
+    """Controls are grey and dashed; baselines take warm colours first, all others cool ones."""
+    marker = {"marker": _MARKERS[position % len(_MARKERS)], "ms": 5}
+    for family, (colour, line) in _CONTROLS.items():
         if family in name:
             return {"color": colour, "ls": line, **marker}
-    return {"color": _OTHERS[position % len(_OTHERS)], "ls": "-", **marker}
+    theirs = any(family in name for family in _BASELINES)
+    colours = _THEIRS + _OURS if theirs else _OURS + _THEIRS
+    free = [colour for colour in colours if colour not in taken]
+    return {"color": free[0] if free else colours[position % 4], "ls": "-", **marker}
 
 
 def _styles(names: Iterable[str]) -> list[dict]:
-    """A style for each, so that no two outside the families share a colour while some are left."""
-    styles, taken = [], set()
+    """A style for each: no two share a marker, nor a colour while some are left."""
+    styles = []
     for position, name in enumerate(names):
-        turn = range(position, position + len(_OTHERS))
-        free = [p for p in turn if _OTHERS[p % len(_OTHERS)] not in taken]
-        styles.append(_style(name, free[0] if free else position))
-        taken.add(styles[-1]["color"])
+        styles.append(_style(name, position, [style["color"] for style in styles]))
     return styles
 
 
@@ -67,7 +71,7 @@ def _by_network(table: pd.DataFrame, **size) -> tuple[Figure, list]:
     groups = list(table.groupby(["dataset", "model"], sort=False))
     figure, axes = panels(len(groups), **size)
     for axis, ((dataset, model), _) in zip(axes, groups, strict=True):
-        axis.set(title=f"{model} on {dataset}")
+        axis.set(title=network(dataset, model))
     return figure, [(axis, part) for axis, (_, part) in zip(axes, groups, strict=True)]
 
 
@@ -106,13 +110,16 @@ def curves(
     if base:
         table = table.assign(**{y: table[base] - table[y]})
         ylabel = ylabel or f"points of {y.replace('_', ' ')} lost"
+        ylabel += "\n(even steps up to 1, logarithmic beyond)"
     figure, panels = _by_network(table)
     for axis, part in panels:
         lines = list(part.groupby(hue, sort=False))
         for (name, line), style in zip(lines, _styles(str(n) for n, _ in lines), strict=True):
             means = line.groupby("knob")[[x, y]].agg(["mean", "min", "max"])
             means = means.sort_values((x, "mean"))
-            axis.plot(means[x]["mean"], means[y]["mean"], label=name, lw=1.6, **style)
+            axis.plot(
+                means[x]["mean"], means[y]["mean"], label=readable(str(name)), lw=1.6, **style
+            )
             if line["seed"].nunique() > 1:
                 axis.fill_between(
                     means[x]["mean"], means[y]["min"], means[y]["max"], alpha=0.12, lw=0,
@@ -132,6 +139,12 @@ def curves(
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
+
+
+def contrasting(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever can be read on a colour (WCAG relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return "white" if np.dot((0.2126, 0.7152, 0.0722), linear) < 0.179 else "black"
 
 
 def _put_ticks(axis: Axis, values: list[float]) -> None:
@@ -168,8 +181,10 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str, *, ylabel: str = "") -> 
     figure, panels = _by_network(table, width=6)
     for axis, part in panels:
         wide = part.pivot_table(index=x, columns=hue, values=y, sort=False)
-        colours = [_style(str(name), i)["color"] for i, name in enumerate(wide.columns)]
-        wide.plot.bar(ax=axis, color=colours, width=0.8, legend=False)
+        colours = [style["color"] for style in _styles(map(str, wide.columns))]
+        wide.rename(columns=readable).plot.bar(ax=axis, color=colours, width=0.8, legend=False)
+        for bar, hatch in zip(axis.containers, cycle(_HATCHES), strict=False):
+            plt.setp(bar, hatch=hatch, edgecolor="white", lw=0.5)
         axis.set(xlabel="", ylabel=ylabel or y)
         axis.set_xticklabels(wide.index, rotation=45, ha="right", fontsize=8)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
@@ -199,12 +214,13 @@ def ladder(table: pd.DataFrame, *, x: str = "test_accuracy", xlabel: str = "") -
             colour = _style(name, 0)["color"]
             axis.plot([row["min"], row["max"]], [place, place], color=colour, lw=2, alpha=0.4)
             axis.plot(row["mean"], place, "o", color=colour, ms=6)
-        axis.axvline(part[f"base_{x}"].mean(), color="black", lw=0.8, ls=":")
-        axis.set_yticks(range(len(values)), values.index)
+        dotted = axis.axvline(part[f"base_{x}"].mean(), color="black", lw=0.8, ls=":")
+        axis.set_yticks(range(len(values)), map(readable, values.index))
         axis.invert_yaxis()
         axis.set(xlabel=xlabel or x)
     for axis, _ in panels[1:]:
         axis.tick_params(axis="y", labelleft=False)
+    figure.legend([dotted], ["uncompressed"], loc="outside lower center", fontsize=9)
     return figure
 
 
@@ -228,13 +244,45 @@ def matrix(values: pd.DataFrame, title: str = "", low: float = -1, high: float =
     figure, axis = plt.subplots(
         figsize=(0.62 * columns + 2.6, 0.45 * rows + 1.6), layout="constrained"
     )
-    axis.imshow(values, cmap="RdBu_r" if low < 0 else "viridis", vmin=low, vmax=high, aspect="auto")
+    image = axis.imshow(
+        values, cmap=SIGNED if low < 0 else "viridis", vmin=low, vmax=high, aspect="auto"
+    )
     for (row, column), value in np.ndenumerate(values.to_numpy()):
-        strong = abs(value - (low + high) / 2) > 0.35 * (high - low)
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                  color="white" if strong else "black")  # fmt: skip
-    axis.set_xticks(range(columns), values.columns, rotation=45, ha="right")
-    axis.set_yticks(range(rows), values.index)
+                  color=contrasting(image.to_rgba(value)))  # fmt: skip
+    axis.set_xticks(range(columns), [readable(str(n)) for n in values.columns], rotation=45,
+                    ha="right")  # fmt: skip
+    axis.set_yticks(range(rows), [readable(str(n)) for n in values.index])
     axis.grid(False)
     axis.set_title(title)
+    return figure
+
+
+def smallest(best: pd.DataFrame) -> Figure:
+    """The smallest file of each recipe that loses little, as dots, smallest on top.
+
+    Parameters
+    ----------
+    best : DataFrame
+        Of ``tables.smallest_files``; recipes that never reached the accuracy are crosses.
+
+    Returns
+    -------
+    Figure
+        A panel for each network.
+    """
+    figure, panels = _by_network(best, height=0.27 * best["recipe"].nunique() + 1.3, width=5.8)
+    for axis, part in panels:
+        means = part.groupby("recipe").agg(size=("file_bytes", "mean"), reached=("reached", "all"))
+        means = means.sort_values(["reached", "size"], ascending=[False, True])
+        for place, (reached, size) in enumerate(zip(means["reached"], means["size"], strict=True)):
+            axis.plot(size / 1000, place, "o" if reached else "x", color=BLUE if reached else GREY)
+        axis.set_yticks(range(len(means)), map(readable, means.index), fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel="file (kB)")
+    labels = {"reached": ("o", BLUE), "never within one point": ("x", GREY)}
+    handles = [
+        plt.Line2D([], [], ls="", marker=m, color=c, label=k) for k, (m, c) in labels.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     return figure

@@ -4,9 +4,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
-from .figures import BLUE, GREY, panels
+from .figures import BLACK, BLUE, GREY, ORANGE, SIGNED, SKY, contrasting, panels
+from .names import readable
 
 
 def before_and_after(compressed, before: float, after: float) -> Figure:
@@ -41,13 +43,105 @@ def before_and_after(compressed, before: float, after: float) -> Figure:
     return figure
 
 
+def file_bar(parts: dict[str, bytes], floats: int) -> Figure:
+    """The bytes of a file in their order, by what they are for.
+
+    Parameters
+    ----------
+    parts : dict of str to bytes
+        By label, in the order of the file.
+    floats : int
+        Bytes of the float32 weights.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axis = plt.subplots(figsize=(10, 2.3), layout="constrained")
+    at, total = 0, sum(map(len, parts.values()))
+    kinds = {"weight": [BLUE, SKY], "bias": [ORANGE], "": [BLACK]}
+    for place, (label, part) in enumerate(parts.items()):
+        kind = next(kind for kind in kinds if label.endswith(kind))
+        colour = kinds[kind][place // 2 % len(kinds[kind])]
+        axis.barh(0, len(part), left=at, color=colour, edgecolor="white", lw=0.5)
+        if len(part) > 0.05 * total:
+            axis.text(at + len(part) / 2, 0, f"{label}\n{len(part):,}", ha="center", va="center",
+                      color=contrasting(colour), fontsize=9)  # fmt: skip
+        at += len(part)
+    axis.set(yticks=[], xlim=(0, total), xlabel=f"bytes ({total:,}; as float32: {floats:,})")
+    axis.grid(False)
+    said = {"weights, layers in turn": BLUE, "biases": ORANGE, "header, checksum": BLACK}
+    handles = [Patch(fc=colour, label=label) for label, colour in said.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def side_by_side(before: Tensor, after: Tensor, title: str, count: int = 12) -> Figure:
+    """Units of a layer before and after, and each of its weights before against after.
+
+    Parameters
+    ----------
+    before, after : Tensor
+        [units, ...].
+    title : str
+        Of the figure.
+    count : int
+        Units shown.
+
+    Returns
+    -------
+    Figure
+    """
+    count = min(count, len(before))
+    figure = plt.figure(figsize=(0.75 * count + 4, 2.7), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(0.75 * count, 3.2))
+    axes = left.subplots(2, count, squeeze=False)
+    for row, (label, values) in enumerate({"before": before, "after": after}.items()):
+        for unit in range(count):
+            signed(axes[row, unit], square(values[unit]))
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    bare(axes)
+    axis = right.subplots()
+    axis.plot(before.flatten(), after.flatten(), ".", ms=3, color=BLUE, alpha=0.6)
+    axis.set(xlabel="weight before", ylabel="weight after")
+    figure.suptitle(title)
+    return figure
+
+
+def outputs(wanted: Tensor, found: dict[str, Tensor]) -> Figure:
+    """A unit's outputs against what they were before a change, a panel for each change.
+
+    Parameters
+    ----------
+    wanted : Tensor
+        [images, 1].
+    found : dict of str to Tensor
+        By title, shaped like ``wanted``.
+
+    Returns
+    -------
+    Figure
+        With the root of the mean squared error in each title.
+    """
+    figure, axes = panels(len(found), height=2.9, width=3.2)
+    ends = [float(wanted.min()), float(wanted.max())]
+    for axis, (title, values), marker in zip(axes, found.items(), "xo", strict=False):
+        values = values.detach()
+        error = float((values - wanted).square().mean().sqrt())
+        axis.plot(wanted, values, marker, ms=3, color=BLUE, alpha=0.6)
+        axis.plot(ends, ends, color="black", lw=0.8, ls=":")
+        axis.set(title=f"{title}: error {error:.2f}", xlabel="output of the whole unit")
+    axes[0].set_ylabel("output now")
+    return figure
+
+
 def histograms(scores: dict[str, Tensor], title: str = "") -> Figure:
-    """Distribution of scores in each layer, with the half that the paper's rule removes shaded.
+    """Distribution of scores in each layer, parted where the paper's rule parts them: at zero.
 
     Parameters
     ----------
     scores : dict of str to Tensor
-        Signed scores.
+        Signed scores by the layers' titles.
     title : str
         Of the figure.
 
@@ -57,21 +151,33 @@ def histograms(scores: dict[str, Tensor], title: str = "") -> Figure:
     """
     chosen = list(scores.items())
     chosen = chosen if len(chosen) <= 4 else [chosen[i] for i in (0, 1, len(chosen) // 2, -1)]
-    figure, axes = panels(len(chosen), height=2.8, width=3.2)
+    figure, axes = panels(len(chosen), height=2.9, width=3.2)
     for axis, (name, score) in zip(axes, chosen, strict=True):
         values = score.flatten().numpy()
         limit = np.quantile(np.abs(values), 0.98) or 1.0
-        bins = np.linspace(-limit, limit, 62)
-        counts, _ = np.histogram(np.clip(values, -limit, limit), bins)
-        removed = bins[1:] <= 1e-12 * limit
-        axis.bar(bins[:-1], counts, np.diff(bins), align="edge",
-                 color=np.where(removed, GREY, BLUE), alpha=0.85)  # fmt: skip
-        axis.axvspan(-limit, 0, color=GREY, alpha=0.15, lw=0)
-        axis.set_yscale("log")
-        share = float((score <= 0).float().mean())
-        axis.set(title=name, xlabel="relevance")
-        axis.text(0.03, 0.94, f"{share:.0%} removed", transform=axis.transAxes, va="top")
-    axes[0].set_ylabel("weights")
+        bins = np.linspace(0, limit, 31)
+        # each side for itself: a score of exactly zero is removed, and lies left of zero
+        removed = np.histogram(-values[values <= 0], bins)[0]
+        kept = np.histogram(values[values > 0], bins)[0]
+        axis.bar(-bins[1:], removed, limit / 30, align="edge", color=GREY, hatch="//",
+                 edgecolor="white", lw=0, label="removed: relevance ≤ 0")  # fmt: skip
+        axis.bar(bins[:-1], kept, limit / 30, align="edge", color=BLUE,
+                 label="kept: relevance > 0")  # fmt: skip
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(yscale="log", title=name, xlabel="relevance", xlim=(-limit, limit))
+        share, zero, beyond = (
+            np.mean(values <= 0),
+            np.mean(values == 0),
+            np.mean(np.abs(values) > limit),
+        )
+        axis.text(0.03, 0.97, f"{share:.0%} removed,\n{zero:.0%} exactly 0", va="top",
+                  transform=axis.transAxes, fontsize=8)  # fmt: skip
+        axis.text(0.97, 0.97, f"{beyond:.0%} beyond\nthe edges", va="top", ha="right",
+                  transform=axis.transAxes, fontsize=8)  # fmt: skip
+        axis.set_ylim(top=30 * max(removed.max(), kept.max()))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=9)  # fmt: skip
+    axes[0].set_ylabel("weights (logarithmic)")
     figure.suptitle(title)
     return figure
 
@@ -102,24 +208,34 @@ def heatmaps(images: Tensor, relevance: dict[str, Tensor], title: str = "") -> F
         picture = ((image - low) / (high - low)).permute(1, 2, 0).numpy()
         axes[0, column].imshow(picture.squeeze(), cmap="gray")
         for row, values in enumerate(relevance.values(), 1):
-            _signed(axes[row, column], values[column].sum(0))
-    for axis, label in zip(axes[:, 0], ["input", *relevance], strict=True):
+            signed(axes[row, column], values[column].sum(0))
+    for axis, label in zip(axes[:, 0], ["input", *map(readable, relevance)], strict=True):
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    _bare(axes)
+    bare(axes)
     figure.suptitle(title)
     return figure
 
 
-def _bare(axes) -> None:
+def bare(axes) -> None:
+    """Take ticks, frames and grid from an array of axes that show images."""
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
 
 
-def _signed(axis, values: Tensor) -> None:
+def square(unit: Tensor) -> Tensor:
+    """A unit's weights as an image: channels added up; a row as a square where it is one."""
+    if unit.ndim > 1:
+        return unit.sum(0)
+    side = round(len(unit) ** 0.5)
+    return unit.reshape(side, side) if side * side == len(unit) else unit[None]
+
+
+def signed(axis, values: Tensor) -> None:
+    """Show values [height, width], red above zero, blue below, white at zero."""
     limit = float(values.abs().max()) or 1.0
-    axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axis.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
 
 
 def filters(weight: Tensor, relevance: Tensor, count: int = 12) -> Figure:
@@ -128,7 +244,7 @@ def filters(weight: Tensor, relevance: Tensor, count: int = 12) -> Figure:
     Parameters
     ----------
     weight, relevance : Tensor
-        [filters, channels, height, width]; channels are added up.
+        [filters, channels, height, width]; channels are added up. Or [units, inputs].
     count : int
         Filters shown at most.
 
@@ -141,11 +257,11 @@ def filters(weight: Tensor, relevance: Tensor, count: int = 12) -> Figure:
         2, len(order), figsize=(0.9 * len(order) + 1, 2.2), layout="constrained", squeeze=False
     )
     for column, index in enumerate(order.tolist()):
-        _signed(axes[0, column], weight[index].sum(0))
-        _signed(axes[1, column], relevance[index].sum(0))
+        signed(axes[0, column], square(weight[index]))
+        signed(axes[1, column], square(relevance[index]))
     for axis, label in zip(axes[:, 0], ("weight", "relevance"), strict=True):
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -168,5 +284,5 @@ def samples(images: Tensor, labels: Tensor, columns: int = 10) -> Figure:
         low, high = image.amin(), image.amax()
         axis.imshow(((image - low) / (high - low)).permute(1, 2, 0).squeeze(), cmap="gray")
         axis.set_title(str(label))
-    _bare(axes)
+    bare(axes)
     return figure

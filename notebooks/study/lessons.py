@@ -1,0 +1,179 @@
+"""What notebooks compute to show how something works; no run of a recipe depends on it."""
+
+import copy
+from dataclasses import asdict
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lib.finetune import evaluate
+from lib.fold import fold_batchnorm
+from lib.masks import apply
+from lib.moments import hooked
+from lib.relevance import Rule, scored_weights, weight_relevance
+from lib.repair import refit
+
+from . import names
+from .data import split
+
+ORDERS = ("nearest zero first", "farthest first", "at random")
+
+
+def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Weight x gradient of the true classes' logits, summed over images; nothing of LRP is used.
+
+    Parameters
+    ----------
+    model : nn.Module
+        BatchNorm folded already.
+    images, labels : Tensor
+        [N, ...] and [N].
+
+    Returns
+    -------
+    dict of str to Tensor
+        By weight name, shaped like the weight.
+    """
+    network = copy.deepcopy(model).eval()
+    network(images).gather(1, labels[:, None]).sum().backward()
+    return {name: w.detach() * w.grad for name, w in scored_weights(network).items()}
+
+
+def whereabouts(
+    model: nn.Module, images: Tensor, labels: Tensor, rule: Rule | str, zero_bias: bool = False
+) -> pd.DataFrame:
+    """Where the relevance of the logits is found again, at each layer on the way to the input.
+
+    What biases take is reckoned without LRP, as bias x gradient of the layers from this one to
+    the output; so what neither weights nor biases have is really lost on the way.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A chain of layers with piecewise linear activations.
+    images, labels : Tensor
+        [N, ...] and [N].
+    rule : Rule or str
+        Of the relevance.
+    zero_bias : bool
+        Set all biases to zero first, on a copy.
+
+    Returns
+    -------
+    DataFrame
+        layer (from the input), weights, biases, lost: shares of the logits, in percent.
+    """
+    chain = copy.deepcopy(fold_batchnorm(model)).double().eval()
+    images = images.double()
+    biases = {name: p for name, p in chain.named_parameters() if name.endswith("bias")}
+    if zero_bias:
+        for bias in biases.values():
+            nn.init.zeros_(bias)
+    logits = chain(images).gather(1, labels[:, None]).sum()
+    logits.backward()
+    total = float(logits.detach())
+    rows, taken = [], 0.0
+    scores = weight_relevance(chain, images, labels, rule=rule)
+    for name, score in reversed(scores.items()):
+        bias = biases.get(name.removesuffix("weight") + "bias")
+        taken += 0.0 if bias is None else float((bias.detach() * bias.grad).sum())
+        weights, share = float(score.sum()) / total, taken / total
+        rows.append({"weights": weights, "biases": share, "lost": 1 - weights - share})
+    called = names.layers(chain)
+    table = 100 * pd.DataFrame(rows[::-1])
+    table.insert(0, "layer", [called[name] for name in scores])
+    return table
+
+
+def activity(networks: dict[str, nn.Module], images: Tensor) -> pd.DataFrame:
+    """What the units of each layer do, averaged over images and positions.
+
+    Parameters
+    ----------
+    networks : dict of str to nn.Module
+        By label; of one architecture, BatchNorm folded.
+    images : Tensor
+        [N, ...].
+
+    Returns
+    -------
+    DataFrame
+        layer, network (the label), mean activation (the positive part of the layer's output),
+        active (% of unit outputs above zero), by images (% of the activations' variance that is
+        between images rather than between units: what tells one image from another).
+    """
+    rows = []
+    for label, network in networks.items():
+        called, seen = names.layers(network), {}
+
+        def keep(name: str, layer: nn.Module, inputs: tuple, output: Tensor, seen=seen) -> None:
+            seen[name] = output.relu().flatten(2).mean(2) if output.ndim > 2 else output.relu()
+            seen[f"{name} active"] = (output > 0).float().mean()
+
+        layers = [name.removesuffix(".weight") for name in called]
+        with torch.no_grad(), hooked(network, layers, keep):
+            network(images)
+        for layer in layers:
+            output = seen[layer]  # [images, units]
+            between = output.var(0, unbiased=False).mean() / output.var(unbiased=False)
+            rows.append(
+                {
+                    "layer": called[f"{layer}.weight"],
+                    "network": label,
+                    "mean activation": float(output.mean()),
+                    "active (%)": 100 * float(seen[f"{layer} active"]),
+                    "told by the image (%)": 100 * float(between),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def removed_share(study, shares: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)) -> pd.DataFrame:
+    """Accuracy when only some of the weights with relevance <= 0 go, in different orders.
+
+    Parameters
+    ----------
+    study : Study
+        The first of its networks of each kind, except slow ones.
+    shares : tuple of float
+        Of the non-positive weights.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, seed, recipe (the order; the first also refitted), knob (the share),
+        density (of all weights), test_accuracy and base_test_accuracy (percent).
+    """
+    rows = []
+    for case in study.cases:
+        if case.seed != study.cases[0].seed or case.model in study.profile.slow:
+            continue
+        network, (images, labels) = fold_batchnorm(study.base(case)), study.references(case)
+        scores = weight_relevance(network, images, labels)
+        base = study.base_accuracy(case, "test")
+        for order in (*ORDERS, f"{ORDERS[0]}, refit"):
+            for share in shares:
+                masks = _without(scores, order, share)
+                pruned = apply(network, masks)
+                if share and order.endswith("refit"):
+                    pruned = refit(network, pruned, masks, images)
+                kept = sum(int(mask.sum()) for mask in masks.values())
+                row = asdict(case) | {"recipe": order, "knob": share}
+                row["density"] = kept / sum(mask.numel() for mask in masks.values())
+                row["test_accuracy"] = evaluate(pruned, *split(case.dataset, "test"))
+                rows.append(row | {"base_test_accuracy": base})
+    return pd.DataFrame(rows)
+
+
+def _without(scores: dict[str, Tensor], order: str, share: float) -> dict[str, Tensor]:
+    """Masks without a share of the non-positive scores, taken in an order."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    candidates = (flat <= 0).nonzero().squeeze(1)
+    turns = flat[candidates].argsort(descending=order.startswith("nearest"), stable=True)
+    if order == "at random":
+        turns = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    kept[candidates[turns[: round(share * len(candidates))]]] = False
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {n: p.reshape(s.shape) for p, (n, s) in zip(parts, scores.items(), strict=True)}

@@ -1,0 +1,104 @@
+"""What things are called in figures: one table, so that a legend needs no code to be read."""
+
+from torch import nn
+
+from lib.relevance import scored_weights
+
+CRITERIA = {
+    "lrp-epsilon": "relevance",
+    "lrp-epsilon/contrastive": "contrastive relevance",
+    "lrp-epsilon/contrastive/abs": "|contrastive relevance|",
+    "lrp-epsilon/contrastive/rms": "contrastive relevance, mean square",
+    "magnitude": "|weight|",
+    "deeplift": "DeepLIFT",
+    "taylor": "weight × gradient of the loss, squared",
+    "fisher": "squared gradients (Fisher)",
+    "alike": "all alike",
+    "random": "random",
+    "lrp": "relevance",
+    "lrp contrastive": "contrastive relevance",
+    "lrp root": "√ relevance",
+    "reversed": "relevance in reverse",
+}
+"""By the name in a recipe: what scores weights, or weighs units."""
+
+WAYS = {"tiers by ": "tiers: ", "units by ": "units: ", "units ": "units: "}
+"""Of storing: bits by the rank of a weight, or rounding weighed by unit."""
+
+CHANGES = {"root:": "√ {}", "shuffled:": "{}, dealt out at random", "reversed:": "{}, in reverse"}
+
+PARTS = {
+    "epsilon": "ε", "zplus": "z⁺", "gamma": "γ", "alpha2beta1": "α2β1",
+    "target": "true class", "contrastive": "contrastive", "softmax-gradient": "softmax",
+    "sum": "sum", "abs": "sum of |·|", "rms": "mean square",
+}  # fmt: skip
+"""Of a score: rule / where propagation starts / how images are added up."""
+
+WHOLE = {
+    "uniform bits": "same bits for all",
+    "epsilon-plus-flat": "ε, z⁺, flat",
+    "lenet300": "LeNet-300-100",
+    "lenet5": "LeNet-5",
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+    "vgg16": "VGG-16",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar10-jpeg": "CIFAR-10 (JPEG)",
+}
+
+
+def readable(name: str) -> str:
+    """What a recipe, criterion, rule, network or data set is called in figures.
+
+    Parameters
+    ----------
+    name : str
+        As in tables, such as ``units by shuffled:root:lrp-epsilon/contrastive``.
+
+    Returns
+    -------
+    str
+        Such as ``units: √ contrastive relevance, dealt out at random``; the name itself where
+        nothing better is known.
+    """
+    for known in (WHOLE, CRITERIA):
+        if name in known:
+            return known[name]
+    for prefix, shown in WAYS.items():
+        if name.startswith(prefix):
+            return shown + readable(name.removeprefix(prefix))
+    for prefix, pattern in CHANGES.items():
+        if name.startswith(prefix):
+            return pattern.format(readable(name.removeprefix(prefix)))
+    parts = name.split("/")
+    if all(part in PARTS for part in parts):
+        return ", ".join(PARTS[part] for part in parts)
+    first, comma, rest = name.partition(", ")
+    return CRITERIA.get(first, first) + comma + rest
+
+
+def network(dataset: str, model: str) -> str:
+    """Such as ``LeNet-5 on digits``."""
+    return f"{readable(model)} on {readable(dataset)}"
+
+
+def layers(model: nn.Module) -> dict[str, str]:
+    """By weight name what its layer is called: its place, counted from the input, and its kind.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its scored weights, in order, such as ``0.weight``.
+
+    Returns
+    -------
+    dict of str to str
+        Such as ``1 conv`` and ``4 linear``.
+    """
+    kinds = {2: "linear", 3: "conv", 4: "conv"}
+    weights = scored_weights(model)
+    return {
+        name: f"{place} {kinds.get(weight.ndim, 'layer')}"
+        for place, (name, weight) in enumerate(weights.items(), 1)
+    }
