@@ -19,11 +19,11 @@ EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 PAPERMILL = $(RUN) papermill --cwd notebooks --no-progress-bar --log-level WARNING $(PARAMETERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test mutants test-machines types lab verify report bench notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
-	@sed -n 's/^\([a-z]*\):[^#]*## */  \1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## */  \1	/p' $(MAKEFILE_LIST) | expand -t 16
 
 env: $(VENV)/.ready  ## make .venv from requirements.lock, if it is missing or outdated
 
@@ -75,6 +75,12 @@ test: env  ## style and types, unit tests, then the notebooks against their stor
 	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" FIGURES_ROOT="$(CURDIR)/.cache/nbval/figures" \
 	  $(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
 	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" $(RUN) pytest tests/regression
+
+mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign checksum": only some
+	$(VENV)/bin/python tests/mutants/run.py $(NAMES)
+
+test-machines: env  ## the tests that differ between machines, under other processors and places
+	$(VENV)/bin/python tests/machines.py $(NAMES)
 
 types: env  ## check the annotations of lib/
 	$(RUN) mypy lib
