@@ -80,9 +80,9 @@ class Results:
         folder, new, old = self._model_folders(name)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        for name, sources in pairs.items():
+        for stem, sources in pairs.items():
             for source in sources:
-                shutil.copyfile(source, new / f"{name}{source.suffix}")
+                shutil.copyfile(source, new / f"{stem}{source.suffix}")
         try:
             if folder.exists():
                 folder.rename(old)

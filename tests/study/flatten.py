@@ -2,7 +2,7 @@
 
 from lib import Recipe
 from lib.prune import KeepFilters, KeepTop, NonPositive
-from lib.quantize import LayerWidths, RateDistortion, Tiers, Uniform
+from lib.quantize import LayerWidths, RateDistortion, Sequential, Tiers, Uniform
 from lib.recipe import Repair
 
 
@@ -23,5 +23,6 @@ def recipe(fields: dict) -> Recipe:
         "tiers": lambda: Tiers(by, bits, tuple(fields["widths"])),
         "layers": lambda: LayerWidths(by, bits),
         "rate-distortion": lambda: RateDistortion(by, fields["lam"]),
+        "Sequential": lambda: Sequential(by, fields["lam"]),
     }[fields["quantizer"]]()
     return Recipe(remove, repair, store)
