@@ -205,7 +205,8 @@ def own(batch: Tensor, network: nn.Module) -> Tensor:
     dtypes = [p.dtype for p in parameters]
     if batch.is_floating_point() and parameters and batch.dtype not in dtypes:
         batch = batch.to(dtypes[0])
-    return batch.to(next(network.parameters()).device).clone()
+    device = next((p.device for p in network.parameters()), batch.device)
+    return batch.to(device).clone()
 
 
 def ready(batch: Tensor, network: nn.Module) -> Tensor:

@@ -208,8 +208,8 @@ def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, referen
         ({"ratio": float("inf")}, "ratio must be a positive number"),
         ({"max_drop": 1.0}, "give val="),
         ({"max_drop": -1.0}, "max_drop must be a positive number"),
-        ({"recipe": "lrp-rd", "ratio": 1e6}, "no price of the quantizer meets ratio.*smallest"),
-        ({"recipe": "uniform", "bits": 0.1}, "no bits of the quantizer meets bits=0.1.*smallest"),
+        ({"recipe": "lrp-rd", "ratio": 1e6}, "ratio=1e.06 cannot be met.*smallest file has"),
+        ({"recipe": "uniform", "bits": 0.1}, "bits=0.1 cannot be met.*smallest file has"),
     ],
 )
 def test_unusable_arguments_name_the_way_out(arguments, message, trained, references):
