@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import ready
+from .inputs import ready, tensors
 from .moments import Layer, hooked, layers_of
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -59,11 +59,12 @@ def plan(model: nn.Module, images: Tensor) -> Plan:
         A few images [N, ...].
     """
     probe = _Probe()
-    with torch.no_grad(), hooked(model, layers_of(model), probe.layer), probe:
+    layers = layers_of(model)
+    with torch.no_grad(), hooked(model, layers, probe.layer), probe:
         model(ready(images, model))
     calls = Counter(name for name, _ in probe.outputs)
     found = Plan([name for name, _ in probe.outputs if calls[name] == 1])
-    sizes = {name: layers_of(model)[name].weight.numel() for name in found.layers}
+    sizes = {name: layers[name].weight.numel() for name in found.layers}
     for terms in probe.sums:
         ends = [name for name in terms if name in sizes and probe.readers[name] == 1]
         if ends:  # of two branches the one with more weights can take back more
@@ -89,7 +90,7 @@ class _Probe(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        read = [self.names[id(t)] for t in _tensors((args, kwargs or {})) if id(t) in self.names]
+        read = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
         result = func(*args, **(kwargs or {}))
         in_place = name.endswith("_") and not name.startswith("__") or name.startswith("__i")
         same = bool(args) and result is args[0]
@@ -153,7 +154,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         ended = None
         if self.pending and getattr(func, "__name__", "") in SUMS:
-            ended = next((id(t) for t in _tensors(args) if id(t) in self.pending), None)
+            ended = next((id(t) for t in tensors(args) if id(t) in self.pending), None)
         if ended is None:
             return func(*args, **(kwargs or {}))
         name, held = self.pending.pop(ended)
@@ -184,7 +185,7 @@ class _Changing(_Watch):
 
     def at_sum(self, name: str, held: Any, args: tuple) -> None:
         layer, inputs, output = held
-        (other,) = [t for t in _tensors(args) if t is not output]
+        (other,) = [t for t in tensors(args) if t is not output]
         self.change(name, layer, inputs, output, next(self.targets) - other)
         output.copy_(layer.forward(inputs))
 
@@ -246,16 +247,6 @@ class _Stopped(Exception):
     """Ends a pass that nobody waits for any more."""
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from _tensors(branch)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
-
-
 def _same_shape(args: tuple) -> bool:
-    shapes = [t.shape for t in _tensors(args)]
+    shapes = [t.shape for t in tensors(args)]
     return len(shapes) == 2 and shapes[0] == shapes[1]

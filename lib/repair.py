@@ -197,6 +197,7 @@ def _change_layers(
         if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
             _in_one_pass(dense, repaired, images, change, names)
             return
+        layers = layers_of(repaired)
         for name in names:
             pairs = zip(
                 _run(repaired, name, images, batch_size, calls[name]),
@@ -204,7 +205,7 @@ def _change_layers(
                 strict=True,
             )
             batches = ((*seen, target) for seen, (_, target) in pairs)
-            change(name, layers_of(repaired)[name], batches)
+            change(name, layers[name], batches)
 
 
 def _in_one_pass(
