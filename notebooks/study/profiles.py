@@ -19,6 +19,8 @@ class Profile:
         Reference images of each class, from the training split.
     finetune : int
         Steps, for every recipe that fine-tunes.
+    training : int
+        Steps, for every quantizer that trains.
     knobs : dict of str to tuple of float
         For each quantizer (a value of ``records.STORES``), the settings of its knob that make a
         curve.
@@ -36,6 +38,7 @@ class Profile:
     networks: dict[str, dict[str, tuple[int, ...]]]
     per_class: int
     finetune: int
+    training: int
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
     kept: dict[str, tuple[float, ...]]
@@ -52,12 +55,15 @@ PROFILES = {
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
         finetune=50,
+        training=100,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
             "Sequential": (0.01, 0.03),
+            "Trained": (0.01, 0.03),
+            "ECQx": (1, 10),
         },
         special={},
         kept={"": (0.4, 0.15)},
@@ -69,12 +75,15 @@ PROFILES = {
         },
         per_class=50,
         finetune=300,
+        training=1750,  # five passes over CIFAR-10, four over MNIST
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
+            "Trained": _prices(range(3, 9)),
+            "ECQx": _prices(range(5, 10), 2),
         },
         special={
             "resnet20": {
@@ -83,6 +92,7 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
+                "Trained": _prices(range(1, 7)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
