@@ -108,11 +108,13 @@ class InTraining(Quantizer):
                     grid.assign(weights[name], min(1.0, 2 * step / self.steps))
             return {name: grid.decoded() for name, grid in grids.items()} | fixed
 
-        finetune(
-            network, masks, removed.train, steps=self.steps, optimiser=self.optimiser,
-            seed=removed.seed, coded=coded,
-            refresh=lambda: self.refresh(network, grids, prepared),
-        )  # fmt: skip
+        # gradients need no more than the ten bits of TF32, where there is such a thing
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            finetune(
+                network, masks, removed.train, steps=self.steps, optimiser=self.optimiser,
+                seed=removed.seed, coded=coded,
+                refresh=lambda: self.refresh(network, grids, prepared),
+            )  # fmt: skip
         for name, grid in grids.items():
             step = torch.tensor([grid.step], dtype=torch.float32)
             assert grid.symbols is not None

@@ -82,8 +82,8 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
-            "Trained": _prices(range(3, 9)),
-            "ECQx": _prices(range(5, 10), 2),
+            "Trained": _prices(range(5, 9)),
+            "ECQx": _prices(range(6, 10), 2),
         },
         special={
             "resnet20": {
@@ -92,7 +92,7 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
-                "Trained": _prices(range(1, 7)),
+                "Trained": _prices(range(3, 7)),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
