@@ -69,6 +69,7 @@ def finetune(
     seed: int = 0,
     coded: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
     refresh: Callable[[], None] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
@@ -97,6 +98,8 @@ def finetune(
         ends with; their gradients move the weights behind them (straight-through).
     refresh : callable, optional
         With ``coded``: called at every tenth of the steps, while the network holds coded weights.
+    scales : mapping of str to float, optional
+        Factors of the learning rate, by what the names of the parameters begin with.
 
     Returns
     -------
@@ -111,7 +114,13 @@ def finetune(
     device = next(model.parameters()).device
     masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
     make, factor, settings = OPTIMISERS[optimiser]
-    descent = make(model.eval().parameters(), lr=lr * factor, **settings)
+    groups = [
+        {"params": [p], "lr": lr * factor * next(
+            (scale for begin, scale in (scales or {}).items() if name.startswith(begin)), 1.0
+        )}
+        for name, p in model.eval().named_parameters()
+    ]  # fmt: skip
+    descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
     named = {name: p for name, p in model.named_parameters() if name in masks}
     for step, (images, labels) in enumerate(islice(_endless(data, batch_size, seed), steps)):

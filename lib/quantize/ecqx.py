@@ -1,5 +1,6 @@
 """ECQx: relevance in the assignment of entropy-constrained training, a rival to compare with."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 
 from ..prune import Removed
 from ..score import By, criterion
-from .codes import check
-from .trained import Grid, InTraining, symmetric
+from .codes import Codes, check, storable
+from .trained import Grid, InTraining
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,21 @@ class ECQx(InTraining):
         """The reference images and labels, by which relevance is taken anew."""
         return images, labels
 
-    def grids(
-        self, network: nn.Module, masks: dict[str, Tensor], prepared: tuple[Tensor, Tensor]
-    ) -> dict[str, Grid]:
-        """A grid that spans the weights of each layer."""
-        weights = {name: network.get_parameter(name).detach() for name in masks}
-        largest = max(weight.numel() for weight in weights.values())
-        grids = {}
+    def start(
+        self, removed: Removed, prepared: tuple[Tensor, Tensor], images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
+        """The network as it is, and grids that span the weights of each layer."""
+        network = copy.deepcopy(removed.network)
+        weights = {name: network.get_parameter(name).detach() for name in removed.masks}
+        most = max(weight.numel() for weight in weights.values())
+        top, grids = 2 ** (self.bits - 1) - 1, {}
         for name, weight in weights.items():
-            step, top = symmetric(weight, self.bits)
-            lam = self.price * float(weight.square().mean()) * weight.numel() / largest
+            largest = float(weight.abs().max()) or 1.0
+            step = float(storable(torch.tensor(largest / top, dtype=torch.float32)))
+            lam = self.price * float(weight.square().mean()) * weight.numel() / most
             damage = torch.tensor([step**2]).to(weight)
-            grids[name] = Grid(step, top, damage, lam, masks[name].to(weight.device))
-        return grids
+            grids[name] = Grid(step, top, damage, lam, removed.masks[name].to(weight.device))
+        return network, {}, grids
 
     def refresh(
         self, network: nn.Module, grids: dict[str, Grid], prepared: tuple[Tensor, Tensor]

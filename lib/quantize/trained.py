@@ -1,20 +1,20 @@
 """Quantization-aware training: codes assigned anew while the network trains."""
 
-import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..finetune import finetune
+from ..moments import input_moments
 from ..prune import Removed
-from .codes import Codes, check, storable
+from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
-from .ratedistortion import Problem, RateDistortion, rd_step
-from .uniform import uniform
+from .ratedistortion import Problem
+from .sequential import Sequential
 
 EVERY = 4  # steps between assignments
 
@@ -37,7 +37,7 @@ class Grid:
         bool, shaped like the weight; the others are zero.
     zero : Tensor, optional
         Factor of the cost of symbol zero, shaped like the weight.
-    symbols : Tensor, optional
+    symbols : Tensor
         Those assigned last, from whose distribution the next take their bits.
     """
 
@@ -47,19 +47,16 @@ class Grid:
     lam: float
     kept: Tensor
     zero: Tensor | None = None
-    symbols: Tensor | None = field(default=None, init=False)
+    symbols: Tensor = field(init=False)
+
+    def start(self, weight: Tensor) -> None:
+        """Round every weight to its nearest symbol."""
+        self.symbols = (weight / self.step).round().clamp(-self.top, self.top) * self.kept
 
     def assign(self, weight: Tensor, share: float) -> None:
         """Choose the symbols of least cost, a bit at this share of its cost."""
-        scaled = weight / self.step
-        before = scaled.round().clamp(-self.top, self.top) if self.symbols is None else self.symbols
-        bits = share * self.lam * code_lengths(before, self.top)
-        self.symbols = cheapest(scaled, self.damage, bits, self.zero) * self.kept
-
-    def decoded(self) -> Tensor:
-        """The weights that the symbols stand for."""
-        assert self.symbols is not None
-        return self.symbols * self.step
+        bits = share * self.lam * code_lengths(self.symbols, self.top)
+        self.symbols = cheapest(weight / self.step, self.damage, bits, self.zero) * self.kept
 
 
 @dataclass(frozen=True)
@@ -69,21 +66,25 @@ class InTraining(Quantizer):
     Attributes
     ----------
     steps : int
-        Optimiser steps, see ``lib.finetune.finetune``; a bit costs more and more over the first
+        Of Adam, on ``lib.finetune.finetune``'s batches; a bit costs more and more over the first
         half of them.
-    optimiser : str
-        A key of ``lib.finetune.OPTIMISERS``.
+    rate : float
+        Learning rate at the start, in steps of each layer's grid: so a weight takes at least
+        1 / rate steps to cross a cell, in networks of any scale.
     """
 
     trains: ClassVar[bool] = True
     steps: int = 1000
-    optimiser: str = "adam"
+    rate: float = 0.005
 
     def __post_init__(self) -> None:
         check(self.steps > 0, f"steps must be positive, not {self.steps}")
+        check(0 < self.rate < 1, f"rate must lie in (0, 1), not {self.rate}")
 
-    def grids(self, network: nn.Module, masks: dict[str, Tensor], prepared: Any) -> dict[str, Grid]:
-        """The grid of each weight that is assigned in training, on the network's device."""
+    def start(
+        self, removed: Removed, prepared: Any, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
+        """A copy of the network, codes of weights that stay as they are, grids of all others."""
         raise NotImplementedError
 
     def refresh(self, network: nn.Module, grids: dict[str, Grid], prepared: Any) -> None:
@@ -94,37 +95,34 @@ class InTraining(Quantizer):
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Train with coded weights, gradients passed straight through; see ``Quantizer.store``."""
         assert removed.train is not None
-        network, masks = copy.deepcopy(removed.network), removed.masks
-        grids = self.grids(network, masks, prepared)
-        codes = {
-            name: uniform(network.get_parameter(name), 8, mask=masks[name])
-            for name in masks.keys() - grids.keys()
-        }
-        fixed = {name: code.decode().to(images.dtype) for name, code in codes.items()}
+        network, codes, grids = self.start(removed, prepared, images)
+        fixed = {name: network.get_parameter(name).detach().clone() for name in codes}
+        for name, grid in grids.items():
+            grid.start(network.get_parameter(name).detach())
 
         def coded(step: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if step % EVERY == 0 or step == self.steps:
                 for name, grid in grids.items():
                     grid.assign(weights[name], min(1.0, 2 * step / self.steps))
-            return {name: grid.decoded() for name, grid in grids.items()} | fixed
+            return {name: grid.symbols * grid.step for name, grid in grids.items()} | fixed
 
         # gradients need no more than the ten bits of TF32, where there is such a thing
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             finetune(
-                network, masks, removed.train, steps=self.steps, optimiser=self.optimiser,
+                network, removed.masks, removed.train, steps=self.steps, lr=self.rate,
                 seed=removed.seed, coded=coded,
                 refresh=lambda: self.refresh(network, grids, prepared),
+                scales={name.removesuffix("weight"): grid.step for name, grid in grids.items()},
             )  # fmt: skip
         for name, grid in grids.items():
             step = torch.tensor([grid.step], dtype=torch.float32)
-            assert grid.symbols is not None
             codes[name] = Codes(grid.symbols.int(), step, "uniform")
-        return network, {name: codes[name] for name in masks}
+        return network, {name: codes[name] for name in removed.masks}
 
 
 @dataclass(frozen=True)
-class Trained(InTraining, RateDistortion):
-    """Rate-distortion inside quantization-aware training.
+class Trained(InTraining, Sequential):
+    """Rate-distortion inside quantization-aware training, from codes found layer after layer.
 
     Each weight is assigned, again and again, to the code of least damage + price x bits; the loss
     is computed with the codes, and its gradients move the weights behind them.
@@ -135,8 +133,8 @@ class Trained(InTraining, RateDistortion):
 
         s_kj = argmin_s  G_k H_jj (w_kj − Δ s)² − λ log2 p(s)
 
-    with G, H, λ and Δ of ``rate_distortion``, those of the network before training. Errors are
-    not compensated: the gradients do that.
+    with G, H, λ and Δ of ``Sequential``, H of the uncoded network. Errors are not compensated
+    any more: the gradients do that.
 
     References
     ----------
@@ -146,31 +144,30 @@ class Trained(InTraining, RateDistortion):
 
     def __post_init__(self) -> None:
         InTraining.__post_init__(self)
-        RateDistortion.__post_init__(self)
+        Sequential.__post_init__(self)
 
-    def grids(
-        self, network: nn.Module, masks: dict[str, Tensor], prepared: Problem
-    ) -> dict[str, Grid]:
-        """Step and damage of each layer whose inputs have a known moment."""
+    def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
+        """What ``Sequential`` needs, and the moments of inputs in the uncoded network."""
+        moments = input_moments(removed.network, images, centered=True)
+        return replace(super().prepare(removed, images, labels), moments=moments)
+
+    def start(
+        self, removed: Removed, prepared: Problem, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
+        """The network coded layer after layer; layers it stores in eight bits stay so."""
+        network, codes = Sequential.store(self, removed, prepared, images)
         grids = {}
-        for name in sorted(masks.keys() & prepared.moments.keys()):
-            weight, moment = network.get_parameter(name).detach(), prepared.moments[name]
-            units, lam = prepared.units[name], self.price * prepared.damage
-            step = rd_step(weight, moment, units, lam)
-            energy = moment.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, weight[0].numel())
-            damage = units.to(energy).reshape(len(energy), -1, 1) * energy  # [groups, units, d]
+        for name in [name for name in codes if name in prepared.moments]:
+            weight, code = network.get_parameter(name), codes.pop(name)
+            diagonal = prepared.moments[name].diagonal(dim1=-2, dim2=-1)  # [groups, d] or [d]
+            energy = diagonal.reshape(-1, 1, weight[0].numel())
+            units = prepared.units[name].to(energy).reshape(len(energy), -1, 1)
+            step = float(code.grid)
             grids[name] = Grid(
                 step,
-                math.ceil(1.5 * float(weight.abs().max()) / step) + 1,
-                (step**2 * damage).reshape(weight.shape).to(weight),
-                lam,
-                masks[name].to(weight.device),
+                math.ceil(1.5 * float(code.symbols.abs().max())) + 1,
+                (step**2 * units * energy).reshape(weight.shape).to(weight),
+                self.price * prepared.damage,
+                removed.masks[name].to(weight.device),
             )
-        return grids
-
-
-def symmetric(weight: Tensor, bits: int) -> tuple[float, int]:
-    """Step and largest symbol of the grid of 2^bits − 1 values that spans a tensor's weights."""
-    top = 2 ** (bits - 1) - 1
-    largest = float(weight.abs().max()) or 1.0
-    return float(storable(torch.tensor(largest / top, dtype=torch.float32))), top
+        return network, codes, grids

@@ -75,15 +75,15 @@ PROFILES = {
         },
         per_class=50,
         finetune=300,
-        training=1750,  # five passes over CIFAR-10, four over MNIST
+        training=1000,  # three passes over CIFAR-10, two over MNIST
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
-            "Trained": _prices(range(5, 9)),
-            "ECQx": _prices(range(6, 10), 2),
+            "Trained": _prices(range(6, 10)),
+            "ECQx": _prices(range(7, 11), 2),
         },
         special={
             "resnet20": {
@@ -92,7 +92,8 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
-                "Trained": _prices(range(3, 7)),
+                "Trained": _prices((5, 6, 7)),
+                "ECQx": _prices((6, 7, 8), 2),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
@@ -100,6 +101,8 @@ PROFILES = {
                 "layers": (2, 2.5, 3, 4),
                 "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
                 "Sequential": _prices((6, 7.5, 9, 10.5, 12), 8),
+                "Trained": _prices((6, 7, 8)),
+                "ECQx": _prices((12, 13, 14)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},

@@ -211,15 +211,11 @@ class Study(Results):
 
     def _own(self, case: Case, recipe: Recipe) -> Recipe:
         """The recipe with the optimiser that the profile has for a case's model."""
-        own = self.profile.optimisers.get(case.model)
-        parts = {"repair": recipe.repair} if recipe.repair.finetune else {}
-        parts |= {"store": recipe.store} if recipe.store.trains else {}
-        asked = {
-            name: replace(part, optimiser=own)
-            for name, part in parts.items()
-            if own and part.optimiser == type(part).optimiser
-        }
-        return replace(recipe, **asked)
+        repair = recipe.repair
+        if not repair.finetune or repair.optimiser != type(repair).optimiser:
+            return recipe
+        own = self.profile.optimisers.get(case.model, repair.optimiser)
+        return replace(recipe, repair=replace(repair, optimiser=own))
 
     def compressed(self, case: Case, recipe: Recipe) -> Compressed:
         """The file of a run where it is still there; else the network is compressed anew."""
