@@ -94,8 +94,8 @@ def finetune(
     seed : int
         Of the order, likewise.
     coded : callable, optional
-        (step, weights by name) -> the weights that the network computes with at that step, and
-        ends with; their gradients move the weights behind them (straight-through).
+        (step, parameters by name) -> those that the network computes with at that step, and ends
+        with; their gradients move the values behind them (straight-through).
     refresh : callable, optional
         With ``coded``: called at every tenth of the steps, while the network holds coded weights.
     scales : mapping of str to float, optional
@@ -122,7 +122,7 @@ def finetune(
     ]  # fmt: skip
     descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
-    named = {name: p for name, p in model.named_parameters() if name in masks}
+    named = dict(model.named_parameters())
     for step, (images, labels) in enumerate(islice(_endless(data, batch_size, seed), steps)):
         behind = _exchanged(named, coded, step) if coded else {}
         if refresh and step % max(1, steps // 10) == 0:
@@ -153,9 +153,10 @@ def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 
 def _exchanged(parameters: Mapping[str, nn.Parameter], coded: Callable, step: int) -> dict:
-    """Put coded weights in place; return those that they stand for."""
-    behind = {name: p.detach().clone() for name, p in parameters.items()}
-    _put(parameters, coded(step, behind))
+    """Put coded values in place; return those that they stand for."""
+    new = coded(step, {name: p.detach() for name, p in parameters.items()})
+    behind = {name: parameters[name].detach().clone() for name in new}
+    _put(parameters, new)
     return behind
 
 

@@ -1,5 +1,6 @@
 """Quantization-aware training: codes assigned anew while the network trains."""
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune import finetune
-from ..moments import input_moments
+from ..inputs import ready, split
+from ..moments import Layer, hooked, input_moments, layers_of, patches_of, weight_name
 from ..prune import Removed
 from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
-from .ratedistortion import Problem
+from .ratedistortion import Problem, rd_step
 from .sequential import Sequential
+from .uniform import uniform
 
 EVERY = 4  # steps between assignments
 
@@ -59,6 +62,22 @@ class Grid:
         self.symbols = cheapest(weight / self.step, self.damage, bits, self.zero) * self.kept
 
 
+def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Mean patch [groups, d] that each layer with known inputs reads, by weight name."""
+    network = copy.deepcopy(network).eval()
+    sums: dict[str, list[Tensor]] = {}
+
+    def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        patches = patches_of(layer, inputs[0])
+        sums.setdefault(weight_name(path), []).append(patches.sum(2))  # [groups, d + 1]
+
+    with hooked(network, layers_of(network), add), torch.no_grad():
+        for batch in split(images, 50):
+            network(ready(batch, network))
+    totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
+    return {name: total[:, :-1] / total[:, -1:] for name, total in totals.items()}
+
+
 @dataclass(frozen=True)
 class InTraining(Quantizer):
     """What quantizers that train have in common; a subclass says how weights are assigned.
@@ -93,18 +112,32 @@ class InTraining(Quantizer):
     def store(
         self, removed: Removed, prepared: Any, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes]]:
-        """Train with coded weights, gradients passed straight through; see ``Quantizer.store``."""
+        """Train with coded weights, gradients passed straight through; see ``Quantizer.store``.
+
+        With them go biases that make up for the mean of what the codes change: without
+        BatchNorm, thousands of weights assigned anew at once would shift every layer.
+        """
         assert removed.train is not None
         network, codes, grids = self.start(removed, prepared, images)
         fixed = {name: network.get_parameter(name).detach().clone() for name in codes}
         for name, grid in grids.items():
             grid.start(network.get_parameter(name).detach())
 
-        def coded(step: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-            if step % EVERY == 0 or step == self.steps:
-                for name, grid in grids.items():
-                    grid.assign(weights[name], min(1.0, 2 * step / self.steps))
-            return {name: grid.symbols * grid.step for name, grid in grids.items()} | fixed
+        means = input_means(removed.network, images)
+        biases = {name: f"{name.removesuffix('weight')}bias" for name in grids}
+
+        def coded(step: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            new = dict(fixed)
+            for name, grid in grids.items():
+                if step % EVERY == 0 or step == self.steps:
+                    grid.assign(values[name], min(1.0, 2 * step / self.steps))
+                new[name] = grid.symbols * grid.step
+                if name in means and (bias := values.get(biases[name])) is not None:
+                    rows = (values[name] - new[name]).reshape(
+                        len(means[name]), -1, means[name][0].numel()
+                    )
+                    new[biases[name]] = bias + (rows @ means[name][..., None]).flatten()
+            return new
 
         # gradients need no more than the ten bits of TF32, where there is such a thing
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
@@ -122,10 +155,17 @@ class InTraining(Quantizer):
 
 @dataclass(frozen=True)
 class Trained(InTraining, Sequential):
-    """Rate-distortion inside quantization-aware training, from codes found layer after layer.
+    """Rate-distortion inside quantization-aware training.
 
     Each weight is assigned, again and again, to the code of least damage + price x bits; the loss
     is computed with the codes, and its gradients move the weights behind them.
+
+    Attributes
+    ----------
+    coded : bool
+        Start from the network coded layer after layer, or from its weights as they are. The
+        first suits deep networks, which rounding to the nearest would ruin at once; in the second
+        more weights end at zero.
 
     Notes
     -----
@@ -142,6 +182,8 @@ class Trained(InTraining, Sequential):
     al. 2013 (arXiv 1308.3432), section 4 (straight-through estimator).
     """
 
+    coded: bool = True
+
     def __post_init__(self) -> None:
         InTraining.__post_init__(self)
         Sequential.__post_init__(self)
@@ -154,20 +196,28 @@ class Trained(InTraining, Sequential):
     def start(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
-        """The network coded layer after layer; layers it stores in eight bits stay so."""
-        network, codes = Sequential.store(self, removed, prepared, images)
-        grids = {}
-        for name in [name for name in codes if name in prepared.moments]:
-            weight, code = network.get_parameter(name), codes.pop(name)
-            diagonal = prepared.moments[name].diagonal(dim1=-2, dim2=-1)  # [groups, d] or [d]
-            energy = diagonal.reshape(-1, 1, weight[0].numel())
-            units = prepared.units[name].to(energy).reshape(len(energy), -1, 1)
-            step = float(code.grid)
+        """Grids of all layers whose inputs have a known moment; the others get eight bits."""
+        if self.coded:
+            network, codes = Sequential.store(self, removed, prepared, images)
+        else:
+            network, codes = copy.deepcopy(removed.network), {}
+        lam, grids = self.price * prepared.damage, {}
+        for name, mask in removed.masks.items():
+            weight = network.get_parameter(name).detach()
+            if name not in prepared.moments:
+                codes[name] = codes.get(name) or uniform(weight, 8, mask=mask)
+                weight.copy_(codes[name].decode())
+                continue
+            moment, units = prepared.moments[name], prepared.units[name]
+            code = codes.pop(name, None)
+            step = float(code.grid) if code else rd_step(weight, moment, units, lam)
+            energy = moment.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, weight[0].numel())
+            damage = step**2 * units.to(energy).reshape(len(energy), -1, 1) * energy
             grids[name] = Grid(
                 step,
-                math.ceil(1.5 * float(code.symbols.abs().max())) + 1,
-                (step**2 * units * energy).reshape(weight.shape).to(weight),
-                self.price * prepared.damage,
-                removed.masks[name].to(weight.device),
+                math.ceil(1.5 * float(weight.abs().max()) / step) + 1,
+                damage.reshape(weight.shape).to(weight),
+                lam,
+                mask.to(weight.device),
             )
         return network, codes, grids

@@ -1,0 +1,163 @@
+"""Quantization-aware training: what is assigned, by what it is weighed, and what training does."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lib import Compressed, Recipe, compress
+from lib.compress import encode, prepare, remove
+from lib.finetune import evaluate
+from lib.quantize import ECQx, RateDistortion, Trained
+from lib.quantize.trained import Grid
+
+WEIGHT = torch.tensor([[0.9, -0.2, 0.4, -1.6, 0.05, 0.0], [0.3, -0.6, 0.1, 0.2, -0.9, 1.4]])
+
+
+def costs(weight, damage, grid, share, zero):
+    """Cost [weights, symbols] of every symbol for every weight, from the equations alone."""
+    symbols = torch.arange(-grid.top, grid.top + 1)
+    counts = torch.stack([(grid.symbols == s).sum() for s in symbols]).float() + 0.1
+    bits = -(counts / counts.sum()).log2()
+    squares = (weight.reshape(-1, 1) / grid.step - symbols).square()
+    cost = damage.expand(weight.shape).reshape(-1, 1) * squares + share * grid.lam * bits
+    factor = zero.expand(weight.shape).reshape(-1, 1)
+    return torch.where(symbols == 0, factor * cost, cost), symbols
+
+
+@pytest.mark.parametrize("zeros", [None, torch.linspace(0.1, 3, 12).reshape(2, 6)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_grid_assigns_each_weight_to_its_cheapest_symbol(share, zeros):
+    damage = torch.linspace(0.2, 2, 12).reshape(2, 6)
+    grid = Grid(0.25, 8, damage, 0.3, torch.ones(2, 6, dtype=torch.bool), zeros)
+    grid.start(WEIGHT)
+    assert torch.equal(grid.symbols, (WEIGHT / 0.25).round())
+    cost, symbols = costs(WEIGHT, damage, grid, share, torch.ones(1) if zeros is None else zeros)
+    # among the nearest, the next towards zero, and zero
+    nearest = (WEIGHT / 0.25).round().reshape(-1, 1)
+    near = (symbols == nearest) | (symbols == nearest - nearest.sign()) | (symbols == 0)
+    expected = symbols[cost.where(near, math.inf).argmin(1)].reshape(2, 6)
+    grid.assign(WEIGHT, share)
+    assert torch.equal(grid.symbols.long(), expected)
+
+
+def test_removed_weights_stay_zero_whatever_they_cost():
+    kept = WEIGHT > 0
+    grid = Grid(0.25, 8, torch.ones(1), 0.0, kept, 100 * torch.ones(2, 6))
+    grid.start(WEIGHT)
+    grid.assign(WEIGHT.abs(), 1.0)
+    assert bool((grid.symbols[~kept] == 0).all() & (grid.symbols[kept] > 0).any())
+
+
+def encoded(model, references, store, train, seed=0):
+    recipe = Recipe(store=store)
+    return encode(prepare(remove(model, *references, recipe, train, seed), *references, recipe),
+                  recipe)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "store", [Trained("alike", 0.1, steps=40), Trained("alike", 0.1, steps=40, coded=False),
+              ECQx(price=1.0, steps=40, bits=3)],
+)  # fmt: skip
+def test_the_file_holds_the_trained_codes_and_nothing_but_codes(
+    store, trained, digits, validation, references
+):
+    result = encoded(trained, references, store, digits)
+    loaded = Compressed.from_bytes(result.to_bytes()).to_model(trained)
+    again = encoded(trained, references, store, digits)
+    assert result.to_bytes() == again.to_bytes()
+    for name, value in loaded.state_dict().items():
+        if name.endswith("weight") and value.ndim > 1:
+            nonzero = value[value != 0].abs()
+            steps = nonzero / nonzero.min()
+            assert len(steps.unique()) <= 40, name
+    assert evaluate(loaded, *validation) > 50
+
+
+def test_training_takes_back_what_rounding_costs(trained, digits, validation, references):
+    untrained = Trained("alike", 0.3, steps=1, rate=1e-6, coded=False)
+    longer = Trained("alike", 0.3, steps=150, coded=False)
+    before, after = (
+        encoded(trained, references, store, digits).to_model(trained)
+        for store in (untrained, longer)
+    )
+    assert evaluate(after, *validation) > evaluate(before, *validation) + 2
+
+
+def test_what_units_weigh_decides_about_the_codes(trained, digits, references):
+    by = "lrp-epsilon/contrastive"
+    files = {
+        name: encoded(trained, references, Trained(name, 0.1, steps=20), digits)
+        for name in (by, f"reversed:{by}", "alike")
+    }
+    assert len({result.to_bytes() for result in files.values()}) == 3
+
+
+def test_relevance_makes_zero_dear_in_ecqx(trained, digits, references):
+    """Between the same prices with relevance and without, other weights are kept."""
+    seen = []
+
+    class Spy(ECQx):
+        def refresh(self, network, grids, prepared):
+            super().refresh(network, grids, prepared)
+            seen.append({name: grid.zero.clone() for name, grid in grids.items()})
+
+    encoded(trained, references, Spy(price=1.0, steps=20), digits)
+    assert len(seen) == 10
+    for name, zero in seen[-1].items():
+        assert float(zero.mean()) == pytest.approx(1, abs=1e-4), name
+        assert float(zero.min()) >= 0
+        assert float(zero.std()) > 0.1, name
+
+
+def test_layers_that_are_not_assigned_keep_eight_bits(digits, references):
+    class Twice(nn.Module):
+        """Calls a layer two times, so that it has no inputs of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.last = (
+                nn.Linear(784, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+            )  # fmt: skip
+
+        def forward(self, x):
+            h = self.first(x.flatten(1)).relu()
+            return self.last(self.shared(self.shared(h).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Twice()
+    result = encoded(model, references, Trained("alike", 0.1, steps=10), digits)
+    assert set(result.to_model(model).state_dict()) == set(model.state_dict())
+
+
+def test_training_data_are_asked_for_before_anything_starts(trained, references):
+    for store in (Trained("alike", 0.1), ECQx()):
+        with pytest.raises(ValueError, match="give it train="):
+            compress(trained, *references, Recipe(store=store))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Trained(steps=0), "steps must be positive"),
+        (lambda: Trained(rate=0), "rate must lie"),
+        (lambda: Trained(price=-1), "price must be positive"),
+        (lambda: ECQx(bits=1), "bits must lie"),
+        (lambda: ECQx(power=0), "power must lie"),
+        (lambda: ECQx(price=0), "price must be positive"),
+        (lambda: ECQx(by="nothing"), "unknown criterion"),
+    ],
+)
+def test_fields_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_more_for_a_bit_makes_smaller_files(trained, digits, references):
+    for store in (Trained("alike", steps=20), ECQx(steps=20)):
+        sizes = [
+            encoded(trained, references, store.at(price), digits).nbytes
+            for price in ((0.03, 0.3) if isinstance(store, RateDistortion) else (0.3, 30))
+        ]
+        assert sizes[1] < 0.8 * sizes[0]
