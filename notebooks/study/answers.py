@@ -128,10 +128,23 @@ def _precision(rows: list[dict]) -> str:
     )
 
 
+def _ingredients(rows: list[dict]) -> str:
+    held: dict[str, list[bool]] = {}
+    for row in rows:
+        held.setdefault(row["claim"].partition(" needs ")[2], []).append(row["verdict"] == HOLDS)
+    needed: dict[int, list[str]] = {}
+    for what, found in held.items():
+        needed.setdefault(sum(found), []).append(what)
+    parts = [f"{count or 'none'}: {', '.join(needed[count])}" for count in sorted(needed)[::-1]]
+    networks = len({row["where"] for row in rows})
+    return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
+
+
 ANSWERS = {
     "00-quickstart": _quickstart,
     "02-relevance": _relevance,
     "03-pruning": _pruning,
     "04-mixed-precision": _precision,
+    "07-which-ingredient": _ingredients,
 }
 """By notebook: from the rows of its claims to a sentence."""

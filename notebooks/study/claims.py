@@ -277,7 +277,7 @@ def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict
         "04-mixed-precision": lambda: precision(read("tiers"), read("rate-distortion")),
         "05-xai-baseline": lambda: against_baseline(read("headline"), read("criteria")),
         "06-beyond": lambda: beyond(read("sequential"), read),
-        "07-ablations": lambda: ablations(read("ablation-rule")),
+        "07-which-ingredient": lambda: ablations(read("ablation-rule")),
     }
     notebooks = dict.fromkeys(row["notebook"] for row in rows)
     asked = [(name, made[name]()) for name in notebooks if name in made]
