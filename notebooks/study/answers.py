@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from .data import ROOT
-from .names import readable
+from .names import place
 from .records import claims_in
 from .verdicts import HOLDS, Claim
 
@@ -69,14 +69,8 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
     for claim in claims:
         said = claim.ours.split(" (")[0]
         cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected})
-        cells[_where(claim.where)] = f"{claim.verdict}: {said}"
+        cells[place(claim.where)] = f"{claim.verdict}: {said}"
     return pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()]).fillna("")
-
-
-def _where(where: str) -> str:
-    """Of ``cifar10-jpeg-resnet20``: ResNet-20 on CIFAR-10 (JPEG)."""
-    dataset, _, model = re.sub(r"-s\d+$", "", where).rpartition("-")
-    return f"{readable(model)} on {readable(dataset)}"
 
 
 def _quickstart(rows: list[dict]) -> str:
@@ -84,7 +78,7 @@ def _quickstart(rows: list[dict]) -> str:
     lost = float(found["Q2"])
     loses = f"loses {lost:.2f} points of test accuracy" if lost > 0 else "loses no test accuracy"
     return (
-        f"{_where(rows[0]['where'])}: the file is {found['Q1']} times smaller than the float32 "
+        f"{place(rows[0]['where'])}: the file is {found['Q1']} times smaller than the float32 "
         f"weights, {loses}, and what is loaded from it is {found['Q3']}, bit for bit, to what was "
         "measured."
     )
@@ -93,7 +87,7 @@ def _quickstart(rows: list[dict]) -> str:
 def _relevance(rows: list[dict]) -> str:
     found = {row["id"]: row["ours"] for row in rows}
     return (
-        f"As much as weight × gradient says, if the rule is ε. {_where(rows[0]['where'])}: "
+        f"As much as weight × gradient says, if the rule is ε. {place(rows[0]['where'])}: "
         f"relevance leaks at most {found['R1']} of itself on its way, the heatmaps differ from "
         f"zennit's by {found['R2']} at most, and 20 images of each class rank the weights like "
         f"many more do (rank correlation {found['R3']})."

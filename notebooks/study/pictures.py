@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from .figures import BLACK, BLUE, GREY, ORANGE, SIGNED, SKY, contrasting, panels
 from .names import readable
+from .palette import BLACK, BLUE, GREY, ORANGE, SIGNED, SKY, contrasting, panels
 
 
 def before_and_after(compressed, before: float, after: float) -> Figure:

@@ -1,5 +1,6 @@
 """From tables of runs to operating points: means, intervals, smallest files."""
 
+import html
 from collections.abc import Iterable
 
 import numpy as np
@@ -108,13 +109,15 @@ class Table:
     Parameters
     ----------
     frame : DataFrame
-        What to show.
+        What to show. Texts stand left, numbers right; what is not a number is a dash.
     digits : int
-        Decimals of floating-point columns.
+        Decimals of floating-point columns; none where values reach a thousand, such as bytes.
+    fold : str
+        What a long table is called; it is then unfolded by a click on that.
     """
 
-    def __init__(self, frame: pd.DataFrame, digits: int = 2):
-        self.frame, self.digits = frame, digits
+    def __init__(self, frame: pd.DataFrame, digits: int = 2, fold: str = ""):
+        self.frame, self.digits, self.fold = frame, digits, fold
 
     def __repr__(self):
         rows, columns = self.frame.shape
@@ -122,4 +125,22 @@ class Table:
 
     def _repr_html_(self):
         index = not isinstance(self.frame.index, pd.RangeIndex)
-        return self.frame.to_html(index=index, float_format=lambda x: f"{x:,.{self.digits}f}")
+        frame = self.frame.apply(self._said).rename(columns=_escaped)
+        if index:
+            frame = frame.rename(index=_escaped)
+        said = frame.to_html(index=index, escape=False)
+        return f"<details><summary>{self.fold}</summary>{said}</details>" if self.fold else said
+
+    def _said(self, column: pd.Series) -> pd.Series:
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+            return column.fillna("").map(lambda value: f"{LEFT}{_escaped(value)}</div>")
+        whole = pd.api.types.is_integer_dtype(column) or column.abs().max() >= 1000
+        digits = 0 if whole else self.digits
+        return column.map(lambda value: "–" if pd.isna(value) else f"{value:,.{digits}f}")
+
+
+LEFT = '<div style="text-align: left">'
+
+
+def _escaped(value: object) -> str:
+    return html.escape(str(value))
