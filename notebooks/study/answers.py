@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pandas as pd
 
+from . import lessons
 from .data import ROOT
-from .names import place
+from .names import network, place
 from .records import claims_in
 from .verdicts import HOLDS, Claim
 
@@ -31,12 +33,12 @@ class Said:
 
 
 def answer(study, notebook: str) -> Said:
-    """A notebook's answer in one sentence, from its claims as they were last saved.
+    """A notebook's answer in one sentence, from its claims or tables as they were last saved.
 
     Parameters
     ----------
     study : Study
-        Of the notebook; where it has no claims yet, the committed ones of its profile do.
+        Of the notebook; where it has none yet, the committed ones of its profile do.
     notebook : str
         Such as ``03-pruning``.
 
@@ -45,9 +47,13 @@ def answer(study, notebook: str) -> Said:
     Said
     """
     for folder in (study.results, ROOT / "results" / study.name):
-        path = folder / f"claims-{notebook}.json"
-        if path.exists():
-            return Said(f"<b>{ANSWERS[notebook](claims_in(path.read_text()))}</b>")
+        try:
+            if notebook in FROM_TABLES:
+                return Said(f"<b>{FROM_TABLES[notebook](folder)}</b>")
+            rows = claims_in((folder / f"claims-{notebook}.json").read_text())
+            return Said(f"<b>{ANSWERS[notebook](rows)}</b>")
+        except FileNotFoundError:
+            continue
     return Said("Not known yet: run all cells, then this one again.")
 
 
@@ -134,6 +140,19 @@ def _ingredients(rows: list[dict]) -> str:
     return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
 
 
+def _settings(folder: Path) -> str:
+    turned = lessons.settings(folder)
+    lost = lessons.by_value(turned)
+    spread = (lost["most lost"] - lost["least lost"]).sort_values(ascending=False)
+    told = [f"{name} {points:.1f}" for name, points in spread.items() if points >= 0.5]
+    hardly = spread[spread < 0.5].index
+    return (
+        f"{network(*turned.iloc[0][['dataset', 'model']])}, points of accuracy between the best "
+        f"and the worst value: {', '.join(told)}"
+        + (f"; less than half a point: {', '.join(hardly)}." if len(hardly) else ".")
+    )
+
+
 ANSWERS = {
     "00-quickstart": _quickstart,
     "02-relevance": _relevance,
@@ -142,3 +161,6 @@ ANSWERS = {
     "07-which-ingredient": _ingredients,
 }
 """By notebook: from the rows of its claims to a sentence."""
+
+FROM_TABLES = {"07-which-settings": _settings}
+"""By notebook without claims: from the folder of its tables to a sentence."""
