@@ -9,8 +9,8 @@ From bottom to top; each module uses only those above it in this list:
   what holds
 - ``results``, ``sweep``: files that are written, ``Study``
 - ``probes``, ``drift``, ``lessons``: what notebooks compute besides
-- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``answers``: what notebooks show,
-  how it is called and how it looks
+- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
+  notebooks show, how it is called and how it looks
 - ``publish``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, the command line
 """
 

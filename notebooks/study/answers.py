@@ -81,13 +81,15 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
 
 def _quickstart(rows: list[dict]) -> str:
     found = {row["id"]: row["ours"] for row in rows}
-    lost = float(found["Q2"])
-    loses = f"loses {lost:.2f} points of test accuracy" if lost > 0 else "loses no test accuracy"
     return (
         f"{place(rows[0]['where'])}: the file is {found['Q1']} times smaller than the float32 "
-        f"weights, {loses}, and what is loaded from it is {found['Q3']}, bit for bit, to what was "
-        "measured."
+        f"weights, {_loses(float(found['Q2']))}, and what is loaded from it is {found['Q3']}, bit "
+        "for bit, to what was measured."
     )
+
+
+def _loses(points: float) -> str:
+    return f"loses {points:.2f} points of test accuracy" if points > 0 else "loses no test accuracy"
 
 
 def _relevance(rows: list[dict]) -> str:
@@ -153,12 +155,23 @@ def _settings(folder: Path) -> str:
     )
 
 
+def _yours(rows: list[dict]) -> str:
+    found = {row["id"]: row["ours"] for row in rows}
+    return (
+        f"If it is a feed-forward classifier in torch, yes. {place(rows[0]['where'])}, from "
+        f"torchvision: the file is {found['Y1']} times smaller than the float32 weights, "
+        f"{_loses(float(found['Y3']))}, and what is loaded from it is {found['Y2']}, bit for bit, "
+        "to what was saved."
+    )
+
+
 ANSWERS = {
     "00-quickstart": _quickstart,
     "02-relevance": _relevance,
     "03-pruning": _pruning,
     "04-mixed-precision": _precision,
     "07-which-ingredient": _ingredients,
+    "08-your-model": _yours,
 }
 """By notebook: from the rows of its claims to a sentence."""
 

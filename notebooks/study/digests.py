@@ -11,8 +11,8 @@ from torch import Tensor
 from .data import ROOT
 
 _SHOWN = {
-    "names", "palette", "figures", "pictures", "sketches", "answers", "lessons", "publish",
-    "stamps", "verify", "__main__",
+    "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "lessons",
+    "publish", "stamps", "verify", "__main__",
 }  # fmt: skip
 """Modules of ``study`` that no run of a recipe depends on: they show, or compute what is shown."""
 _LATER = {"type_params", "type_comment", "kind"}

@@ -51,6 +51,7 @@ WHOLE = {
     "resnet8": "ResNet-8",
     "resnet20": "ResNet-20",
     "vgg16": "VGG-16",
+    "mobilenet": "MobileNetV3-small",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
     "cifar10-jpeg": "CIFAR-10 (JPEG)",

@@ -100,6 +100,8 @@ def store_outputs() -> None:
                 outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
                 cell.outputs, cell.execution_count = outputs, count
                 for output in cell.outputs:
+                    # of no use without the kernel that made it; the picture beside it stays
+                    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                     if output.output_type == "execute_result":
                         output.execution_count = count
         write(path, nbformat.writes(stored) + "\n")
