@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from .data import ROOT
+from .paths import ROOT
 from .names import readable
 from .records import claims_in
 from .verdicts import HOLDS, Claim

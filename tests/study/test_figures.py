@@ -46,7 +46,7 @@ def test_curves_show_the_means_and_the_range_over_seeds():
 def test_curves_against_the_base_show_points_lost():
     figure = figures.curves(runs(), "file_bytes", "test_accuracy", base="base_test_accuracy")
     (axis,) = figure.axes
-    assert axis.get_ylabel() == "points of test accuracy lost"
+    assert axis.get_ylabel().splitlines()[0] == "points of test accuracy lost"
     assert lines(axis)["ours"] == [[1105, 5.5], [1205, 6.5]]
     assert lines(axis)["one point lost"][0][1] == 1 and lines(axis)["uncompressed"][0][1] == 0
     (low, high) = axis.get_ylim()
