@@ -59,6 +59,9 @@ def test_a_notebook_is_stale_once_anything_that_it_depends_on_has_changed(
     (tmp_path / "table.csv").write_text("a\n2\n")
     assert not fresh()
     ran()
+    (tmp_path / "table.csv").unlink()
+    assert not fresh()
+    ran()
     notebook("1 + 2")
     assert not fresh()
     ran()
@@ -66,10 +69,23 @@ def test_a_notebook_is_stale_once_anything_that_it_depends_on_has_changed(
     assert not fresh()
 
 
-def test_the_last_notebook_depends_on_what_the_others_wrote(notebook, tmp_path):
-    name = notebook(name=stamps.LAST)
+@pytest.mark.parametrize("content", ["", "{", "[]", "1", '{"asked": 1}', '{"written": []}'])
+def test_a_stamp_of_another_version_is_none(notebook, tmp_path, content):
+    notebook()
+    stamps.stamp("quick", "one", PARAMETERS)
+    (path,) = (tmp_path / "cache").rglob("one.json")
+    path.write_text(content)
+    assert not stamps.fresh("quick", "one", PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [(stamps.LAST, ("table.csv", "claims-01.json")), ("06-beyond", (f"{paths.STANDARD}.csv",))],
+)
+def test_a_notebook_depends_on_the_results_that_it_reads(notebook, tmp_path, name, files):
+    name = notebook(name=name)
     results = tmp_path / "results" / "quick"
-    for file in ("table.csv", "claims-01.json"):
+    for file in files:
         stamps.stamp("quick", name, PARAMETERS)
         assert stamps.fresh("quick", name, PARAMETERS)
         (results / file).write_text("changed")
