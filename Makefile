@@ -19,7 +19,7 @@ EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 PAPERMILL = $(RUN) papermill --cwd notebooks --no-progress-bar --log-level WARNING $(PARAMETERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test mutants test-machines types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test mutants test-machines test-hostile types lab verify report bench notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -81,6 +81,9 @@ mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign check
 
 test-machines: env  ## the tests that differ between machines, under other processors and places
 	$(VENV)/bin/python tests/machines.py $(NAMES)
+
+test-hostile: env  ## 10,000 damaged files in place of 1,000
+	CODEC_MUTATIONS=10000 $(RUN) pytest tests/test_codec_hostile.py
 
 types: env  ## check the annotations of lib/
 	$(RUN) mypy lib

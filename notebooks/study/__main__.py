@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from . import publish, stamps
-from .records import claims_in, git, read_claims
-from .sweep import Study
-from .verdicts import HOLDS
-from .verify import verify
+from . import stamps
+from .profiles import folder_name
+
+if TYPE_CHECKING:
+    from .sweep import Study
 
 
 def main(words: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(words: list[str] | None = None) -> int:
     if words[:1] == ["lock"]:
         stamps.alone(words[1:])
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
-    parser.add_argument("command", choices=[*COMMANDS, "lock"])
+    parser.add_argument("command", choices=[*LIGHT, *COMMANDS, "lock"])
     parser.add_argument("notebook", nargs="?", default="", help="for fresh and stamp")
     parser.add_argument("--profile", default="quick", help="quick or paper")
     parser.add_argument("--datasets", default="", help="comma-separated; empty: the profile's")
@@ -35,35 +36,44 @@ def main(words: list[str] | None = None) -> int:
     if os.environ.get("DATA_ROOT"):
         os.environ["DATA_ROOT"] = os.path.abspath(os.environ["DATA_ROOT"])
     try:
-        return COMMANDS[command](Study(**chosen), notebook, chosen)
-    except (ValueError, FileNotFoundError) as error:
+        if command in LIGHT:
+            place = {name: chosen[name] for name in ("profile", "seed", "per_class")}
+            return LIGHT[command](folder_name(**place), notebook, chosen)
+        from .sweep import Study  # here: torch, pandas and the rest take seconds to import
+
+        return COMMANDS[command](Study(**chosen), chosen)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _fresh(study: Study, notebook: str, parameters: dict) -> int:
-    if stamps.fresh(study, notebook, parameters):
+def _fresh(folder: str, notebook: str, parameters: dict) -> int:
+    if stamps.fresh(folder, notebook, parameters):
         print(f"{notebook}: up to date", flush=True)
         return 0
     return 1
 
 
-def _stamp(study: Study, notebook: str, parameters: dict) -> int:
-    stamps.stamp(study, notebook, parameters)
+def _stamp(folder: str, notebook: str, parameters: dict) -> int:
+    stamps.stamp(folder, notebook, parameters)
     return 0
 
 
-def _bases(study: Study, notebook: str, parameters: dict) -> int:
+def _bases(study: "Study", parameters: dict) -> int:
     """Train what is missing before notebooks that run side by side would each train it."""
     for case in study.cases:
         study.base(case)
     return 0
 
 
-def _claims(study: Study, notebook: str, parameters: dict) -> int:
+def _claims(study: "Study", parameters: dict) -> int:
     """Print all claims, verdict first, then what differs from the committed verdicts."""
+    from . import publish
+    from .records import read_claims
+    from .verdicts import HOLDS
+
     rows = read_claims(study.results)
     for claim in rows:
         print(f"{claim['verdict']:6} {claim['id']:4} {claim['where']:22} {claim['claim']}")
@@ -90,7 +100,9 @@ def _key(claim: dict) -> tuple[str, ...]:
     return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
 
 
-def _committed(study: Study) -> list[dict]:
+def _committed(study: "Study") -> list[dict]:
+    from .records import claims_in, git
+
     rows = []
     for path in sorted(study.results.glob("claims-*.json")):
         text = git("show", f"HEAD:results/{study.name}/{path.name}")
@@ -98,19 +110,27 @@ def _committed(study: Study) -> list[dict]:
     return rows
 
 
-def _store_outputs(study: Study, notebook: str, parameters: dict) -> int:
+def _verify(study: "Study", parameters: dict) -> int:
+    from .verify import verify
+
+    return verify(study)
+
+
+def _store_outputs(study: "Study", parameters: dict) -> int:
+    from . import publish
+
     stamps.store_outputs()
     publish.write_claims(study.results)
     publish.update()
     return 0
 
 
+LIGHT = {"fresh": _fresh, "stamp": _stamp}
+"""Asked before and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,
-    "fresh": _fresh,
-    "stamp": _stamp,
     "claims": _claims,
-    "verify": lambda study, *_: verify(study),
+    "verify": _verify,
     "store-outputs": _store_outputs,
 }
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from . import lessons
-from .data import ROOT
 from .names import network, place
+from .paths import ROOT
 from .records import claims_in
 from .verdicts import HOLDS, Claim
 

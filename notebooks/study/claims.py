@@ -14,6 +14,7 @@ from lib.finetune import evaluate
 from .bdrate import bd_table
 from .data import split
 from .jobs import float_bytes
+from .paths import STANDARD
 from .profiles import Case
 from .readings import (
     ablation_claims,
@@ -69,8 +70,6 @@ CONTRIBUTION = [
 ]  # fmt: skip
 """Recipes that differ in how units are weighed alone."""
 BD_PAIRS = [*((sequential, name) for name, sequential in SEQUENTIAL.items()), *CONTRIBUTION]
-STANDARD = "nncodec"
-"""The standard coder's table, and what all its settings together are called: its best files."""
 
 
 def saved(case: Case, model: nn.Module, compressed: Compressed, path: Path) -> list[Claim]:

@@ -5,10 +5,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from .paths import ROOT
 
-from .data import ROOT
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = {
     "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "lessons",
@@ -19,7 +21,7 @@ _LATER = {"type_params", "type_comment", "kind"}
 """Fields of syntax trees that Python versions differ in, or that no value depends on."""
 
 
-def of_tensors(tensors: Iterable[Tensor]) -> str:
+def of_tensors(tensors: "Iterable[Tensor]") -> str:
     """SHA-256 of the bytes of tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:

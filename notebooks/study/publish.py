@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data import ROOT
+from .paths import ROOT
 from .records import cost, read_claims, write
 from .tables import NETWORK, text
 from .verdicts import HOLDS, OPEN, overview

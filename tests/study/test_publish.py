@@ -5,7 +5,7 @@ import pytest
 
 from lib import RECIPES
 from study import publish
-from study.data import ROOT
+from study.paths import ROOT
 
 TEXT = publish.README.read_text()
 
@@ -78,3 +78,11 @@ def test_claims_that_are_open_or_fail_are_marked():
     assert cells(line) == ["B1", r"s\|t", "1", "0.5", "*0.5*", "**0.5**", "`01`"]
     with pytest.raises(ValueError, match="two results of"):
         publish.claims_table([*rows, claim("holds", "a-x")])
+
+
+def test_one_seed_that_misses_the_accuracy_is_marked(tmp_path):
+    row = {"dataset": "a", "model": "x", "recipe": "one", "file_bytes": 1000, "ratio": 4.0,
+           "test_accuracy": 90.0, "base_test_accuracy": 91.0}  # fmt: skip
+    seeds = [row | {"seed": seed, "reached": seed != 1} for seed in range(3)]
+    pd.DataFrame(seeds).to_csv(tmp_path / "headline-smallest.csv")
+    assert cells(publish.files_table(tmp_path).splitlines()[-1])[1].endswith(" †")
