@@ -143,8 +143,8 @@ def _counted(rows: list[dict], identifier: str) -> str:
 
 def _baseline(rows: list[dict]) -> str:
     return (
-        f"64 % smaller: yes in {_counted(rows, 'C1')}. 42 % more accurate: yes in "
-        f"{_counted(rows, 'C2')}. At most one point lost: yes in {_counted(rows, 'C3')} readings."
+        f"How many readings hold: 64 % smaller, {_counted(rows, 'C1')}; 42 % more accurate, "
+        f"{_counted(rows, 'C2')}; at most one point lost, {_counted(rows, 'C3')}."
     )
 
 

@@ -106,6 +106,7 @@ def curves(
         handles.append(Patch(fc=GREY, alpha=0.25, label="range over seeds"))
         labels.append("range over seeds")
     figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())  # the legend's
     return figure
 
 
