@@ -10,7 +10,7 @@ from . import lessons
 from .names import network, place
 from .paths import ROOT
 from .records import claims_in
-from .verdicts import HOLDS, Claim
+from .verdicts import FAILS, HOLDS, OPEN, Claim
 
 
 class Said:
@@ -58,9 +58,10 @@ def answer(study, notebook: str) -> Said:
 
 
 def link(study, *names: str) -> Said:
-    """Where all rows of tables are."""
-    files = (f'<a href="../results/{study.name}/{n}.csv">{n}.csv</a>' for n in names)
-    return Said(f"All rows: {', '.join(files)}")
+    """Where all rows of tables are: names of tables, or of other files with their suffix."""
+    files = [name if "." in name else f"{name}.csv" for name in names]
+    links = (f'<a href="../results/{study.name}/{file}">{file}</a>' for file in files)
+    return Said(f"All rows: {', '.join(links)}")
 
 
 def share_range(values: Iterable[float], of: str) -> Said:
@@ -77,6 +78,15 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
         cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected})
         cells[place(claim.where)] = f"{claim.verdict}: {said}"
     return pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()]).fillna("")
+
+
+def _train(rows: list[dict]) -> str:
+    held = sum(row["verdict"] == HOLDS for row in rows)
+    said = (f"{place(r['where'])} {r['ours']} % (known for {r['expected']} %)" for r in rows)
+    return (
+        f"{held} of {len(rows)} are for certain as accurate as they are known to be with plain "
+        f"training. Test accuracy: {'; '.join(said)}."
+    )
 
 
 def _quickstart(rows: list[dict]) -> str:
@@ -165,11 +175,52 @@ def _yours(rows: list[dict]) -> str:
     )
 
 
+def _counted(rows: list[dict], identifier: str) -> str:
+    """How many readings of a claim hold, network by network."""
+    found: dict[str, list[bool]] = {}
+    for row in rows:
+        if row["id"] == identifier:
+            found.setdefault(place(row["where"]), []).append(row["verdict"] == HOLDS)
+    return ", ".join(f"{sum(held)} of {len(held)} on {where}" for where, held in found.items())
+
+
+def _baseline(rows: list[dict]) -> str:
+    return (
+        f"How many readings hold: 64 % smaller, {_counted(rows, 'C1')}; 42 % more accurate, "
+        f"{_counted(rows, 'C2')}; at most one point lost, {_counted(rows, 'C3')}."
+    )
+
+
+def whole(rows: Iterable[dict]) -> Said:
+    """How many readings of all claims hold, and where the paper's do in every reading."""
+    verdicts = [row["verdict"] for row in rows]
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if row["id"] in PAPERS:
+            kinds.setdefault((row["id"], row["where"]), set()).add(row["verdict"])
+
+    def all_are(verdict: str) -> str:
+        cells = [cell for cell, found in kinds.items() if found == {verdict}]
+        said = [f"{name} on {place(where)}" for name, where in sorted(cells, key=lambda c: c[0])]
+        return ", ".join(said) or "none"
+
+    return Said(
+        f"<b>In part. Of {len(verdicts)} readings of claims {verdicts.count(HOLDS)} hold, "
+        f"{verdicts.count(OPEN)} are open and {verdicts.count(FAILS)} fail. Of the paper's own, "
+        f"these hold in every reading: {all_are(HOLDS)}; these fail in every one: "
+        f"{all_are(FAILS)}.</b>"
+    )
+
+
+PAPERS = ("C1", "C2", "C3", "C4", "C5")
+"""The claims of the paper's abstract; the others are about how it can be."""
 ANSWERS = {
     "00-quickstart": _quickstart,
+    "01-train": _train,
     "02-relevance": _relevance,
     "03-pruning": _pruning,
     "04-mixed-precision": _precision,
+    "05-xai-baseline": _baseline,
     "07-which-ingredient": _ingredients,
     "08-your-model": _yours,
 }

@@ -98,12 +98,15 @@ def curves(
             axis.set_xscale("log")
             put_ticks(axis.xaxis, ticks(part[x]))
             axis.tick_params(axis="x", labelrotation=30)
+        elif (part[x] % 1 == 0).all():
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
     handles, labels = panels[0][0].get_legend_handles_labels()
     if table.groupby(["dataset", "model"])["seed"].nunique().max() > 1:
         handles.append(Patch(fc=GREY, alpha=0.25, label="range over seeds"))
         labels.append("range over seeds")
     figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())  # the legend's
     return figure
 
 
@@ -235,7 +238,8 @@ def matrix(
     """
     rows, columns = values.shape
     figure, axis = plt.subplots(
-        figsize=(0.62 * columns + 2.6, 0.45 * rows + 1.6), layout="constrained"
+        figsize=((0.42 + 0.1 * digits) * columns + 2.6, (0.35 + 0.05 * digits) * rows + 1.6),
+        layout="constrained",
     )
     image = axis.imshow(
         values, cmap=SIGNED if low < 0 else "Blues", vmin=low, vmax=high, aspect="auto"

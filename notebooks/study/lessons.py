@@ -1,7 +1,7 @@
 """What notebooks compute to show how something works; no run of a recipe depends on it."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,10 @@ from lib.relevance import Rule, scored_weights, weight_relevance
 from lib.repair import refit
 
 from . import names
+from .bases import schedule
 from .data import split
+from .networks import build
+from .training import augment_crop_flip, fit
 
 TURNED = {
     "images per class, to weigh units": ("images-tiers", r"(\d+) images a class"),
@@ -50,6 +53,37 @@ def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> d
     network = copy.deepcopy(model).eval()
     network(images).gather(1, labels[:, None]).sum().backward()
     return {name: w.detach() * w.grad for name, w in scored_weights(network).items()}
+
+
+def learning(dataset: str, model: str, seed: int = 0, **changed) -> pd.DataFrame:
+    """Train a network as base networks are, for one cycle, and look at it after each epoch.
+
+    Parameters
+    ----------
+    dataset, model, seed
+        As for ``bases.base``.
+    **changed
+        Fields of its ``Schedule`` that differ, such as ``epochs`` and ``lr``.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, seed, recipe (the split), knob (the epoch; zero before the first) and
+        accuracy (percent).
+    """
+    how, rows = replace(schedule(dataset, model), **changed), []
+    network = build(model, channels=split(dataset, "train")[0].shape[1], seed=seed)
+
+    def look(epoch: int) -> None:
+        for part, called in (("train", "training images"), ("val", "validation images")):
+            said = {"dataset": dataset, "model": model, "seed": seed, "recipe": called}
+            accuracy = evaluate(network, *split(dataset, part))
+            rows.append(said | {"knob": epoch, "accuracy": accuracy})
+
+    look(0)
+    fit(network, *split(dataset, "train"), epochs=how.epochs, lr=how.lr, batch_size=how.batch_size,
+        augment=augment_crop_flip if how.augment else None, seed=seed, after=look)  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def whereabouts(

@@ -6,6 +6,8 @@ from torch import nn
 
 from lib.relevance import scored_weights
 
+from .data import DATASETS
+
 CRITERIA = {
     "lrp-epsilon": "relevance",
     "lrp-epsilon/contrastive": "contrastive relevance",
@@ -57,6 +59,8 @@ WHOLE = {
     "cifar10-jpeg": "CIFAR-10 (JPEG)",
 }
 
+CIFAR = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 def readable(name: str) -> str:
     """What a recipe, criterion, rule, network or data set is called in figures.
@@ -91,6 +95,12 @@ def readable(name: str) -> str:
 def network(dataset: str, model: str) -> str:
     """Such as ``LeNet-5 on digits``."""
     return f"{readable(model)} on {readable(dataset)}"
+
+
+def classes(dataset: str) -> list[str]:
+    """What the labels of a data set stand for."""
+    data = DATASETS[dataset]
+    return list(CIFAR) if data.kind == "cifar" else [str(label) for label in range(data.classes)]
 
 
 def place(where: str) -> str:

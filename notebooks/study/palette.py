@@ -29,12 +29,13 @@ plt.rcParams.update(
 
 BLUE, ORANGE, GREEN, SKY = "#0072b2", "#e69f00", "#009e73", "#56b4e9"
 RED, PURPLE, BLACK, GREY = "#d55e00", "#cc79a7", "#222222", "#8a8a8a"
-"""Okabe and Ito's palette, told apart by colour-blind readers; in grey print markers and
-hatches do it."""
+INDIGO, WINE = "#332288", "#882255"
+"""Okabe and Ito's palette and two dark colours of Tol's, told apart by colour-blind readers; in
+grey print markers and hatches do it."""
 SIGNED = "RdBu_r"  # red for, blue against
 _CONTROLS = {"random": (GREY, "--"), "shuffled": (GREY, "--"), "reversed": (BLACK, ":")}
 _BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "uniform")
-_OURS, _THEIRS = (BLUE, SKY, GREEN, PURPLE), (RED, ORANGE, PURPLE, GREEN)
+_OURS, _THEIRS = (BLUE, SKY, GREEN, INDIGO), (RED, ORANGE, PURPLE, WINE)
 _MARKERS = "osD^vPX*<>"
 
 

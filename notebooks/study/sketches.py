@@ -292,5 +292,4 @@ def depth(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     for axis in figure.axes:
         axis.set_ylim(bottom=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure

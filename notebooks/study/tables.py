@@ -125,22 +125,27 @@ class Table:
 
     def _repr_html_(self):
         index = not isinstance(self.frame.index, pd.RangeIndex)
-        frame = self.frame.apply(self._said).rename(columns=_escaped)
-        if index:
-            frame = frame.rename(index=_escaped)
-        said = frame.to_html(index=index, escape=False)
+        texts = {name for name, column in self.frame.items() if not _counts(column)}
+        frame = self.frame.apply(self._said)
+        frame = frame.rename(columns=lambda name: (_left if name in texts else _escaped)(name))
+        said = (frame.rename(index=_escaped) if index else frame).to_html(index=index, escape=False)
         return f"<details><summary>{self.fold}</summary>{said}</details>" if self.fold else said
 
     def _said(self, column: pd.Series) -> pd.Series:
-        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-            return column.fillna("").map(lambda value: f"{LEFT}{_escaped(value)}</div>")
+        if not _counts(column):
+            return column.fillna("").map(_left)
         whole = pd.api.types.is_integer_dtype(column) or column.abs().max() >= 1000
         digits = 0 if whole else self.digits
         return column.map(lambda value: "–" if pd.isna(value) else f"{value:,.{digits}f}")
 
 
-LEFT = '<div style="text-align: left">'
+def _counts(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
 def _escaped(value: object) -> str:
     return html.escape(str(value))
+
+
+def _left(value: object) -> str:
+    return f'<div style="text-align: left">{_escaped(value)}</div>'

@@ -76,6 +76,7 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: str | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train a network from where it stands, with SGD and a one-cycle or a constant learning rate.
 
@@ -108,6 +109,8 @@ def fit(
         from there. The file is removed by the caller once the result is stored.
     progress : str, optional
         Label of a progress bar; none without it.
+    after : callable, optional
+        Called after each epoch with its number, from one.
 
     Returns
     -------
@@ -164,6 +167,8 @@ def fit(
             if mean is not None:
                 mean.update_parameters(model)
             bar.update()
+        if after is not None:
+            after(epoch + 1)
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             state = BytesIO()
