@@ -89,7 +89,7 @@ types: env  ## check the annotations of lib/
 	$(RUN) mypy lib
 
 lab: env  ## open the notebooks in JupyterLab
-	$(VENV)/bin/jupyter lab notebooks
+	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 verify: env  ## decode the committed models, evaluate them and compare with the committed numbers
 	@$(RUN) study verify $(CASES)
@@ -97,9 +97,7 @@ verify: env  ## decode the committed models, evaluate them and compare with the 
 report: env  ## one HTML file of all tables, figures and claims, without code
 	@mkdir -p "$(EXECUTED)"
 	@$(PAPERMILL) notebooks/09-paper.ipynb "$(EXECUTED)/report.ipynb"
-	@$(RUN) nbconvert --to html --no-input --no-prompt --embed-images --log-level WARN \
-	  --output-dir "results/$(NAME)" --output report "$(EXECUTED)/report.ipynb"
-	@echo "results/$(NAME)/report.html"
+	@$(RUN) study report $(CASES)
 
 bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_relevance.py

@@ -12,7 +12,8 @@ From bottom to top; each module uses only those above it in this list:
 - ``probes``, ``drift``, ``lessons``: what notebooks compute besides
 - ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
   notebooks show, how it is called and how it looks
-- ``publish``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, the command line
+- ``publish``, ``report``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, one HTML file,
+  the command line
 """
 
 from importlib import import_module

@@ -125,12 +125,22 @@ def _store_outputs(study: "Study", parameters: dict) -> int:
     return 0
 
 
+def _report(study: "Study", parameters: dict) -> int:
+    from .report import report
+
+    executed = study.scratch / "notebooks" / "report.ipynb"
+    report(executed, study.results / "report.html")
+    print(study.results / "report.html")
+    return 0
+
+
 LIGHT = {"fresh": _fresh, "stamp": _stamp}
 """Asked before and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,
     "claims": _claims,
     "verify": _verify,
+    "report": _report,
     "store-outputs": _store_outputs,
 }
 
