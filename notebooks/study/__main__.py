@@ -69,35 +69,13 @@ def _bases(study: "Study", parameters: dict) -> int:
 
 
 def _claims(study: "Study", parameters: dict) -> int:
-    """Print all claims, verdict first, then what differs from the committed verdicts."""
+    """Write ``CLAIMS.md``, and print in twelve lines what all of it came to."""
     from . import publish
     from .records import read_claims
-    from .verdicts import HOLDS
 
-    rows = read_claims(study.results)
-    for claim in rows:
-        print(f"{claim['verdict']:6} {claim['id']:4} {claim['where']:22} {claim['claim']}")
-        print(f"{'':12}expected: {claim['expected']}; measured: {claim['ours']}")
     publish.write_claims(study.results)
-    committed = {_key(claim): claim for claim in _committed(study)}
-    if committed:
-        changed = [
-            (claim, before)
-            for claim in rows
-            if (before := committed.get(_key(claim))) and before["verdict"] != claim["verdict"]
-        ]
-        print(f"\n{len(changed)} verdicts differ from the committed ones (git HEAD)")
-        for claim, before in changed:
-            print(f"{claim['id']:4} {claim['where']:22} {claim['claim']}")
-            print(f"{'':5}committed: {before['verdict']} ({before['ours']}); "
-                  f"now: {claim['verdict']} ({claim['ours']})")  # fmt: skip
-    held = sum(claim["verdict"] == HOLDS for claim in rows)
-    print(f"{held} of {len(rows)} claims hold in profile {study.name!r}; see notebooks/09-paper")
+    print(publish.closing(study, read_claims(study.results), _committed(study)))
     return 0
-
-
-def _key(claim: dict) -> tuple[str, ...]:
-    return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
 
 
 def _committed(study: "Study") -> list[dict]:
