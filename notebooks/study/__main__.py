@@ -26,7 +26,7 @@ def main(words: list[str] | None = None) -> int:
         stamps.alone(words[1:])
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
     parser.add_argument("command", choices=[*LIGHT, *COMMANDS, "lock"])
-    parser.add_argument("notebook", nargs="?", default="", help="for fresh and stamp")
+    parser.add_argument("notebook", nargs="?", default="", help="for fresh, execute and stamp")
     parser.add_argument("--profile", default="quick", help="quick or paper")
     parser.add_argument("--datasets", default="", help="comma-separated; empty: the profile's")
     parser.add_argument("--seed", type=int, default=0, help="added to the profile's seeds")
@@ -106,14 +106,14 @@ def _store_outputs(study: "Study", parameters: dict) -> int:
 def _report(study: "Study", parameters: dict) -> int:
     from .report import report
 
-    executed = study.scratch / "notebooks" / "report.ipynb"
+    executed = study.scratch / "notebooks" / f"{stamps.LAST}.ipynb"
     report(executed, study.results / "report.html")
     print(study.results / "report.html")
     return 0
 
 
-LIGHT = {"fresh": _fresh, "stamp": _stamp}
-"""Asked before and after each notebook, so that they may import nothing that takes long."""
+LIGHT = {"fresh": _fresh, "execute": stamps.execute, "stamp": _stamp}
+"""Asked before, for and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,
     "claims": _claims,

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 from . import digests, paths
@@ -62,6 +63,40 @@ def fresh(folder: str, name: str, parameters: dict) -> bool:
     return asked == _asked(folder, name, parameters) and all(
         digests.of_file(Path(file)) == content for file, content in written
     )
+
+
+def execute(folder: str, name: str, parameters: dict) -> int:
+    """Run a notebook into the folder of executed copies, quietly but for what went wrong in it.
+
+    Parameters
+    ----------
+    folder, name, parameters
+        As for ``fresh``.
+
+    Returns
+    -------
+    int
+        One where a cell failed; what it raised was printed.
+    """
+    from papermill import PapermillExecutionError, execute_notebook  # here: takes a second
+
+    target = paths.CACHE / folder / "notebooks" / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        execute_notebook(
+            FOLDER / f"{name}.ipynb",
+            target,
+            parameters,
+            progress_bar=False,
+            cwd=FOLDER,
+            # warnings of every kernel about its own transport say nothing about the notebook
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
+    except PapermillExecutionError as error:
+        print(error, file=sys.stderr)
+        print(f"{name}.ipynb stopped at the cell named above; executed copy: {target}")
+        return 1
+    return 0
 
 
 def stamp(folder: str, name: str, parameters: dict) -> None:
