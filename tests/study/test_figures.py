@@ -97,6 +97,9 @@ def test_a_table_sets_texts_left_and_bytes_whole_and_lets_no_markup_in():
     assert '<div style="text-align: left">x &lt;= 1</div>' in said and "claim &lt;b&gt;" in said
     assert all(f"<td>{number}</td>" in said for number in ("115,792", "–", "1.23", "20,000"))
     assert "None" not in said and "NaN" not in said and "<details>" not in said
+    wide = pd.DataFrame({("kept (%)", "a"): [1.0]}, index=["at once & <all>"])
+    row = '<th><div style="text-align: left">at once &amp; &lt;all&gt;</div></th>'
+    assert row in Table(wide)._repr_html_()
     folded = Table(frame, fold="all rows")._repr_html_()
     assert folded == f"<details><summary>all rows</summary>{said}</details>"
 
