@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pandas as pd
 
-from .data import ROOT
-from .names import place
+from . import lessons
+from .names import network, place
+from .paths import ROOT
 from .records import claims_in
 from .verdicts import FAILS, HOLDS, OPEN, Claim
 
@@ -31,12 +33,12 @@ class Said:
 
 
 def answer(study, notebook: str) -> Said:
-    """A notebook's answer in one sentence, from its claims as they were last saved.
+    """A notebook's answer in one sentence, from its claims or tables as they were last saved.
 
     Parameters
     ----------
     study : Study
-        Of the notebook; where it has no claims yet, the committed ones of its profile do.
+        Of the notebook; where it has none yet, the committed ones of its profile do.
     notebook : str
         Such as ``03-pruning``.
 
@@ -45,9 +47,13 @@ def answer(study, notebook: str) -> Said:
     Said
     """
     for folder in (study.results, ROOT / "results" / study.name):
-        path = folder / f"claims-{notebook}.json"
-        if path.exists():
-            return Said(f"<b>{ANSWERS[notebook](claims_in(path.read_text()))}</b>")
+        try:
+            if notebook in FROM_TABLES:
+                return Said(f"<b>{FROM_TABLES[notebook](folder)}</b>")
+            rows = claims_in((folder / f"claims-{notebook}.json").read_text())
+            return Said(f"<b>{ANSWERS[notebook](rows)}</b>")
+        except FileNotFoundError:
+            continue
     return Said("Not known yet: run all cells, then this one again.")
 
 
@@ -85,13 +91,15 @@ def _train(rows: list[dict]) -> str:
 
 def _quickstart(rows: list[dict]) -> str:
     found = {row["id"]: row["ours"] for row in rows}
-    lost = float(found["Q2"])
-    loses = f"loses {lost:.2f} points of test accuracy" if lost > 0 else "loses no test accuracy"
     return (
         f"{place(rows[0]['where'])}: the file is {found['Q1']} times smaller than the float32 "
-        f"weights, {loses}, and what is loaded from it is {found['Q3']}, bit for bit, to what was "
-        "measured."
+        f"weights, {_loses(float(found['Q2']))}, and what is loaded from it is {found['Q3']}, bit "
+        "for bit, to what was measured."
     )
+
+
+def _loses(points: float) -> str:
+    return f"loses {points:.2f} points of test accuracy" if points > 0 else "loses no test accuracy"
 
 
 def _relevance(rows: list[dict]) -> str:
@@ -129,6 +137,41 @@ def _precision(rows: list[dict]) -> str:
         "The smallest file within one point is smaller than every control's "
         f"{held('rate-distortion by relevance')} if relevance weighs the rounding errors of "
         f"units, and {held('tiers by |relevance|')} if it ranks weights into tiers of bits."
+    )
+
+
+def _ingredients(rows: list[dict]) -> str:
+    held: dict[str, list[bool]] = {}
+    for row in rows:
+        held.setdefault(row["claim"].partition(" needs ")[2], []).append(row["verdict"] == HOLDS)
+    needed: dict[int, list[str]] = {}
+    for what, found in held.items():
+        needed.setdefault(sum(found), []).append(what)
+    parts = [f"{count or 'none'}: {', '.join(needed[count])}" for count in sorted(needed)[::-1]]
+    networks = len({row["where"] for row in rows})
+    return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
+
+
+def _settings(folder: Path) -> str:
+    turned = lessons.settings(folder)
+    lost = lessons.by_value(turned)
+    spread = (lost["most lost"] - lost["least lost"]).sort_values(ascending=False)
+    told = [f"{name} {points:.1f}" for name, points in spread.items() if points >= 0.5]
+    hardly = spread[spread < 0.5].index
+    return (
+        f"{network(*turned.iloc[0][['dataset', 'model']])}, points of accuracy between the best "
+        f"and the worst value: {', '.join(told)}"
+        + (f"; less than half a point: {', '.join(hardly)}." if len(hardly) else ".")
+    )
+
+
+def _yours(rows: list[dict]) -> str:
+    found = {row["id"]: row["ours"] for row in rows}
+    return (
+        f"If it is a feed-forward classifier in torch, yes. {place(rows[0]['where'])}, from "
+        f"torchvision: the file is {found['Y1']} times smaller than the float32 weights, "
+        f"{_loses(float(found['Y3']))}, and what is loaded from it is {found['Y2']}, bit for bit, "
+        "to what was saved."
     )
 
 
@@ -178,5 +221,10 @@ ANSWERS = {
     "03-pruning": _pruning,
     "04-mixed-precision": _precision,
     "05-xai-baseline": _baseline,
+    "07-which-ingredient": _ingredients,
+    "08-your-model": _yours,
 }
 """By notebook: from the rows of its claims to a sentence."""
+
+FROM_TABLES = {"07-which-settings": _settings}
+"""By notebook without claims: from the folder of its tables to a sentence."""

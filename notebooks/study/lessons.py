@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,6 +21,17 @@ from .data import split
 from .networks import build
 from .training import augment_crop_flip, fit
 
+TURNED = {
+    "images per class, to weigh units": ("images-tiers", r"(\d+) images a class"),
+    "images per class, to remove": ("images-tiers", r"(\d+) images a class, pruned"),
+    "rule": ("scores", r"(\w+) abs contrastive"),
+    "where propagation starts": ("scores", r"epsilon abs (.+)"),
+    "how images are added up": ("scores", r"epsilon (\w+) contrastive"),
+    "ranked over": ("scope", r"lrp-epsilon/contrastive/abs, (\w+)"),
+    "widths of tiers": ("images-tiers", r"tiers (\(.+\))"),
+    "steps of fine-tuning": ("finetuning", r"all, adam: (\d+)"),
+}
+"""By setting: the ablation's table, and the recipes in which it alone differs, with its value."""
 ORDERS = ("nearest zero first", "farthest first", "at random")
 
 
@@ -211,3 +223,52 @@ def _without(scores: dict[str, Tensor], order: str, share: float) -> dict[str, T
     kept[candidates[turns[: round(share * len(candidates))]]] = False
     parts = kept.split([score.numel() for score in scores.values()])
     return {n: p.reshape(s.shape) for p, (n, s) in zip(parts, scores.items(), strict=True)}
+
+
+def settings(folder: Path) -> pd.DataFrame:
+    """Runs in which one setting of the method is turned, all from the same network.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the tables ``ablation-*.csv``.
+
+    Returns
+    -------
+    DataFrame
+        As of ``Study.sweep``; recipe is the setting, value what it was set to.
+
+    Raises
+    ------
+    FileNotFoundError
+        A table was not written yet.
+    """
+    tables = {name: pd.read_csv(folder / f"ablation-{name}.csv") for name, _ in TURNED.values()}
+    parts = []
+    for setting, (name, pattern) in TURNED.items():
+        table = tables[name]
+        values = table["recipe"].str.extract(rf"^{pattern}$")[0]
+        chosen = values.notna() & (table["model"] == tables["scores"]["model"].iloc[0])
+        parts.append(table[chosen].assign(recipe=setting, value=values))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_value(turned: pd.DataFrame) -> pd.DataFrame:
+    """Of ``settings``: the value of each that loses least and the one that loses most.
+
+    Parameters
+    ----------
+    turned : DataFrame
+        Of ``settings``.
+
+    Returns
+    -------
+    DataFrame
+        By setting: best, least lost, worst, most lost (points of test accuracy, mean over seeds).
+    """
+    lost = turned.assign(lost=turned["base_test_accuracy"] - turned["test_accuracy"])
+    means = lost.groupby(["recipe", "value"], sort=False)["lost"].mean().reset_index("value")
+    ends = means.sort_values("lost").groupby(level=0, sort=False).agg(["first", "last"])
+    ends.columns = ["best", "worst", "least lost", "most lost"]
+    order = [setting for setting in TURNED if setting in ends.index]
+    return ends.loc[order, ["best", "least lost", "worst", "most lost"]].rename_axis("setting")

@@ -1,5 +1,6 @@
 """Training of the base networks."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -51,6 +52,13 @@ def augment_crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = left + torch.where(flip, width - 1 - columns, columns)
     index = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def _resumed(checkpoint: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(checkpoint, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is damaged: remove it to train from the start") from error
 
 
 def fit(
@@ -132,7 +140,7 @@ def fit(
     mean = AveragedModel(model) if average else None
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = _resumed(checkpoint, device)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])

@@ -1,7 +1,8 @@
-"""What figures and tables show: each number where it belongs, each method told from the others."""
+"""Figures and tables show the numbers of their tables; methods are told from each other."""
 
 from itertools import combinations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,80 @@ READERS = {
                    [0.004733, 0.691367, 0.303900]],
     "none": np.eye(3),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def runs():
+    """Two recipes, two settings, two seeds; no two numbers are alike."""
+    rows = [
+        (recipe, seed, knob, 1000 * place + 100 * knob + 10 * seed, 90 - place - knob + 3 * seed)
+        for place, recipe in enumerate(("ours", "random"), 1)
+        for seed in (0, 1)
+        for knob in (1, 2)
+    ]
+    table = pd.DataFrame(rows, columns=["recipe", "seed", "knob", "file_bytes", "test_accuracy"])
+    return table.assign(
+        dataset="d", model="m", base_test_accuracy=95.0, val_accuracy=table["test_accuracy"] + 0.5
+    )
+
+
+def lines(axis):
+    return {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+
+
+def test_curves_show_the_means_and_the_range_over_seeds():
+    (axis,) = figures.curves(runs(), "file_bytes", "test_accuracy").axes
+    assert axis.get_title() == "m on d"
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("file_bytes", "test_accuracy")
+    assert lines(axis) == {
+        "ours": [[1105, 89.5], [1205, 88.5]],
+        "random": [[2105, 88.5], [2205, 87.5]],
+    }
+    bands = [band.get_paths()[0].get_extents() for band in axis.collections]
+    assert [(band.y0, band.y1) for band in bands] == [(87, 91), (86, 90)]
+
+
+def test_curves_against_the_base_show_points_lost():
+    figure = figures.curves(runs(), "file_bytes", "test_accuracy", base="base_test_accuracy")
+    (axis,) = figure.axes
+    assert axis.get_ylabel().splitlines()[0] == "points of test accuracy lost"
+    assert lines(axis)["ours"] == [[1105, 5.5], [1205, 6.5]]
+    assert lines(axis)["one point lost"][0][1] == 1 and lines(axis)["uncompressed"][0][1] == 0
+    (low, high) = axis.get_ylim()
+    assert low > high  # least lost at the top
+
+
+def test_a_ladder_shows_mean_and_range_of_each_recipe():
+    (axis,) = figures.ladder(runs()).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["ours", "random"]
+    drawn = [list(line.get_xdata()) for line in axis.get_lines()]
+    assert drawn == [[4, 8], [6], [5, 9], [7], [0, 0], [1, 1]]
+
+
+def test_a_ladder_shows_points_lost_and_keeps_parts_together():
+    rows = [("a", "one", 90.0), ("b", "two", 95.0), ("c", "one", 99.0)]
+    table = pd.DataFrame(rows, columns=["recipe", "part", "test_accuracy"])
+    table = table.assign(dataset="digits", model="lenet5", base_test_accuracy=99.0)
+    (axis,) = figures.ladder(table).axes
+    dots = {line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines
+            if line.get_marker() == "o"}  # fmt: skip
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    ticks = dict(zip(axis.get_yticks(), labels, strict=True))
+    assert {ticks[place]: lost for place, lost in dots.items()} == {"a": 9, "c": 0, "b": 4}
+    assert list(ticks.values()) == ["a", "c", "b"]
+    assert {text.get_text(): text.get_position()[1] for text in axis.texts} == {"one": 0, "two": 3}
+
+
+def test_a_matrix_has_its_numbers_in_their_cells():
+    values = pd.DataFrame([[1.0, 0.25], [-0.5, 0.0]], index=["a", "b"], columns=["x", "y"])
+    (axis,) = figures.matrix(values, "title").axes
+    told = {text.get_position(): text.get_text() for text in axis.texts}
+    assert told == {(0, 0): "1.00", (1, 0): "0.25", (0, 1): "-0.50", (1, 1): "0.00"}
 
 
 def lab(colour, reader="none"):
@@ -74,20 +149,6 @@ def test_a_cell_of_the_matrix_counts_the_readings_of_one_claim_about_one_network
     assert [bar.get_facecolor()[:3] for bar in bars] == expected
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert labels == ["LeNet-5\non digits", "LeNet-5\non MNIST"]
-
-
-def test_a_ladder_shows_points_lost_and_keeps_parts_together():
-    rows = [("a", "one", 90.0), ("b", "two", 95.0), ("c", "one", 99.0)]
-    table = pd.DataFrame(rows, columns=["recipe", "part", "test_accuracy"])
-    table = table.assign(dataset="digits", model="lenet5", base_test_accuracy=99.0)
-    (axis,) = figures.ladder(table).axes
-    dots = {line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines
-            if line.get_marker() == "o"}  # fmt: skip
-    labels = [label.get_text() for label in axis.get_yticklabels()]
-    ticks = dict(zip(axis.get_yticks(), labels, strict=True))
-    assert {ticks[place]: lost for place, lost in dots.items()} == {"a": 9, "c": 0, "b": 4}
-    assert list(ticks.values()) == ["a", "c", "b"]
-    assert {text.get_text(): text.get_position()[1] for text in axis.texts} == {"one": 0, "two": 3}
 
 
 def test_a_table_sets_texts_left_and_bytes_whole_and_lets_no_markup_in():
