@@ -281,8 +281,7 @@ def smallest(best: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(sizes)), map(readable, sizes.index), fontsize=8)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="file (kB, logarithmic)")
-        if sizes["max"].max() < 20 * sizes["min"].min():
-            put_ticks(axis.xaxis, ticks(pd.concat([sizes["min"], sizes["max"]])))
+        put_ticks(axis.xaxis, ticks(pd.concat([sizes["min"], sizes["max"]])))
     looks = {
         "relevance": ("o", BLUE),
         "other criteria": ("o", RED),

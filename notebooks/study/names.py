@@ -26,6 +26,7 @@ CRITERIA = {
     "lrp": "relevance",
     "lrp contrastive": "contrastive relevance",
     "lrp root": "√ relevance",
+    "shuffled root": "√ relevance, dealt out at random",
     "reversed": "relevance in reverse",
     "deeplift 100%": "XAI baseline, all filters",
     "deeplift 80%": "XAI baseline, 80 % of filters",

@@ -89,7 +89,7 @@ def ticks(values: pd.Series) -> list[float]:
     powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     found = [step * 10.0**power for power in powers for step in (1, 2, 5)]
     within = [tick for tick in found if 0.999 * low <= tick <= 1.001 * high]
-    return within if len(within) > 1 else [float(f"{end:.2g}") for end in (low, high)]
+    return within if len(within) > 1 else sorted({float(f"{end:.2g}") for end in (low, high)})
 
 
 EVEN = "(even to 1, then logarithmic)"

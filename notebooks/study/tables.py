@@ -128,7 +128,9 @@ class Table:
         texts = {name for name, column in self.frame.items() if not _counts(column)}
         frame = self.frame.apply(self._said)
         frame = frame.rename(columns=lambda name: (_left if name in texts else _escaped)(name))
-        said = (frame.rename(index=_escaped) if index else frame).to_html(index=index, escape=False)
+        if index:
+            frame = frame.rename(index=lambda v: (_left if isinstance(v, str) else _escaped)(v))
+        said = frame.to_html(index=index, escape=False)
         return f"<details><summary>{self.fold}</summary>{said}</details>" if self.fold else said
 
     def _said(self, column: pd.Series) -> pd.Series:
