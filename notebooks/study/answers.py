@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from .paths import ROOT
 from .names import readable
+from .paths import ROOT
 from .records import claims_in
 from .verdicts import HOLDS, Claim
 
