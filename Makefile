@@ -13,13 +13,11 @@ endif
 
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
 CASES = --profile "$(PROFILE)" --datasets "$(DATASETS)" --seed "$(SEED)" --per-class "$(PER_CLASS)"
-PARAMETERS = -r profile "$(PROFILE)" -r datasets "$(DATASETS)" -p seed "$(SEED)" -p per_class "$(PER_CLASS)"
 NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$(PER_CLASS)),-images$(PER_CLASS))
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
-PAPERMILL = $(RUN) papermill --cwd notebooks --no-progress-bar --log-level WARNING $(PARAMETERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test mutants test-machines types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-hostile types lab verify report bench notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -63,18 +61,26 @@ run-%: env
 	@mkdir -p "$(EXECUTED)"; export STUDY_LEDGER="$$(cd "$(EXECUTED)" && pwd)/$*.written"; \
 	$(RUN) study fresh $* $(CASES); case $$? in 0) exit 0;; 1) ;; *) exit 2;; esac; \
 	rm -f "$$STUDY_LEDGER"; echo "$* ..."; \
-	$(PAPERMILL) "notebooks/$*.ipynb" "$(EXECUTED)/$*.ipynb" || { \
-	  echo "$*.ipynb stopped at the cell named above; executed copy: $(EXECUTED)/$*.ipynb"; exit 1; }; \
+	$(RUN) study execute $* $(CASES) || exit $$?; \
 	$(RUN) study stamp $* $(CASES)
 
-test: env  ## style and types, unit tests, then the notebooks against their stored outputs, then the numbers
+# Unit tests and notebooks use one core each, so both go at once; each tells all when it is done.
+TOGETHER = --jobs=2 $(if $(findstring output-sync,$(.FEATURES)),--output-sync=target)
+
+test: env  ## style and types; unit tests beside notebooks against stored outputs, then the numbers
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy lib
+	@$(MAKE) --no-print-directory $(TOGETHER) test-units test-notebooks
+
+test-units: env
 	$(RUN) pytest tests --ignore tests/regression
-	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" FIGURES_ROOT="$(CURDIR)/.cache/nbval/figures" \
-	  $(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
-	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" $(RUN) pytest tests/regression
+
+test-notebooks: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
+test-notebooks: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
+test-notebooks: env
+	$(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
+	$(RUN) pytest tests/regression
 
 mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign checksum": only some
 	$(VENV)/bin/python tests/mutants/run.py $(NAMES)
@@ -82,21 +88,20 @@ mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign check
 test-machines: env  ## the tests that differ between machines, under other processors and places
 	$(VENV)/bin/python tests/machines.py $(NAMES)
 
+test-hostile: env  ## 10,000 damaged files in place of 1,000
+	CODEC_MUTATIONS=10000 $(RUN) pytest tests/test_codec_hostile.py
+
 types: env  ## check the annotations of lib/
 	$(RUN) mypy lib
 
 lab: env  ## open the notebooks in JupyterLab
-	$(VENV)/bin/jupyter lab notebooks
+	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 verify: env  ## decode the committed models, evaluate them and compare with the committed numbers
 	@$(RUN) study verify $(CASES)
 
-report: env  ## one HTML file of all tables, figures and claims, without code
-	@mkdir -p "$(EXECUTED)"
-	@$(PAPERMILL) notebooks/09-paper.ipynb "$(EXECUTED)/report.ipynb"
-	@$(RUN) nbconvert --to html --no-input --no-prompt --embed-images --log-level WARN \
-	  --output-dir "results/$(NAME)" --output report "$(EXECUTED)/report.ipynb"
-	@echo "results/$(NAME)/report.html"
+report: run-09-paper  ## one HTML file of all tables, figures and claims, without code
+	@$(RUN) study report $(CASES)
 
 bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_relevance.py

@@ -1,9 +1,10 @@
-"""What nbval leaves out of the comparison: pictures, HTML tables, and what goes to stderr.
+"""What nbval leaves out of the comparison: pictures, HTML tables, widgets, and what goes to stderr.
 
 Tables are shown as HTML; their numbers are compared, with tolerances, by ``tests/regression``.
 """
 
-SKIPPED = ("image/png", "text/html", "stderr")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SKIPPED = ("image/png", "text/html", "stderr", WIDGET)
 
 
 def pytest_collectstart(collector):

@@ -21,12 +21,12 @@ from mutants.run import ROOT, tree
 
 NUMBERS = (
     "test_compress.py", "test_finetune.py", "test_quantizers.py", "test_recipe.py",
-    "test_score.py", "test_sequential.py", "study/test_probes.py",
+    "test_score.py", "test_sequential.py", "study/test_probes.py", "study/test_protocol.py",
     "study/test_sweep.py", "study/test_training.py", "study/test_verify.py",
 )  # fmt: skip
 PLACES = (
     "test_codec.py", "test_cli.py", "test_finetune.py", "study/test_data.py",
-    "study/test_publish.py", "study/test_sweep.py",
+    "study/test_publish.py", "study/test_stamps.py", "study/test_sweep.py",
     "study/test_verify.py",
 )  # fmt: skip
 BUSY = "while True: pass"

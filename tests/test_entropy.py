@@ -134,10 +134,10 @@ def test_more_weights_than_were_coded(name, factor):
     symbols = CASES[name].astype(np.int32)
     count, stream = min(int(symbols.size * factor), 1 << 28), entropy.encode(symbols)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="more weights are stated|malformed"):
         entropy.decode(stream, (count,))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
 

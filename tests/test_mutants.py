@@ -11,7 +11,7 @@ FAULTS = run.faults()
 
 def test_names_differ_and_there_are_enough():
     names = [fault["name"] for fault in FAULTS]
-    assert len(set(names)) == len(names) >= 60
+    assert len(set(names)) == len(names) >= 90
     assert all(fault["believes"].strip() and fault["tests"] for fault in FAULTS)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lib.compress import compress, encode, prepare, remove
 from lib.moments import input_moments
+from lib.prune import KeepTop
 from lib.quantize import RateDistortion, energy, rate_distortion
 from lib.quantize.sequential import Sequential
 from lib.recipe import Recipe
@@ -99,8 +100,6 @@ def test_removed_weights_stay_removed_and_layers_called_twice_are_stored(referen
             x = self.first(self.flat(x)).relu()
             return self.last(self.shared(self.shared(x).relu()).relu())
 
-    from lib.prune import KeepTop
-
     model = Twice().eval()
     recipe = Recipe(KeepTop("magnitude", density=0.3), store=Sequential("alike"))
     removed = remove(model, *references, recipe)
@@ -135,3 +134,32 @@ def test_inputs_that_hardly_vary_and_depthwise_layers_are_coded(references):
             expected = model(references[0])
             error = found(references[0]) - expected
         assert error.abs().max() < 1e-3 * expected.abs().max()
+
+
+def outputs(network, images):
+    with torch.no_grad():
+        return network.eval()(images)
+
+
+def test_what_pruning_did_is_taken_back(trained, references):
+    images, _ = references
+    recipe = Recipe(KeepTop("magnitude", density=0.5), store=Sequential("alike", price=1e-6))
+    removed = remove(trained, *references, recipe)
+    coded = encode(prepare(removed, *references, recipe), recipe).to_model(trained)
+    wanted = outputs(trained, images)
+    damage, left = (
+        float((outputs(network, images) - wanted).square().mean())
+        for network in (removed.network, coded)
+    )
+    assert left < 0.5 * damage
+    state = coded.state_dict()
+    assert all((state[name][~mask] == 0).all() for name, mask in removed.masks.items())
+
+
+def test_means_of_all_outputs_are_those_of_the_dense_network():
+    model, images = chain().eval(), torch.randn(300, 12) @ torch.randn(12, 12)
+    coarse = Recipe(store=Sequential("alike", price=0.3))
+    coded = compress(model, images, model(images).argmax(1), coarse).to_model(model)
+    means, wanted = (outputs(network, images).mean(0) for network in (coded, model))
+    spread = outputs(model, images).std(0)
+    assert ((means - wanted).abs() < 0.01 * spread).all()

@@ -2,6 +2,7 @@
 
 From bottom to top; each module uses only those above it in this list:
 
+- ``paths``: where files are
 - ``data``, ``networks``, ``training``, ``bases``, ``profiles``: images, networks, how they are
   trained, how much of it
 - ``digests``, ``records``, ``tables``: where a run is found again, and what tables say of many
@@ -9,22 +10,31 @@ From bottom to top; each module uses only those above it in this list:
   what holds
 - ``results``, ``sweep``: files that are written, ``Study``
 - ``probes``, ``drift``, ``lessons``: what notebooks compute besides
-- ``names``, ``figures``, ``pictures``, ``sketches``, ``answers``: what notebooks show, and how it
-  is called
-- ``publish``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, the command line
+- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
+  notebooks show, how it is called and how it looks
+- ``publish``, ``report``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, one HTML file,
+  the command line
 """
 
-from .data import DATASETS, Dataset, load, sample, split
-from .jobs import float_bytes
-from .networks import NETWORKS, Network, build
-from .profiles import PROFILES, Case, Profile
-from .records import cost
-from .sweep import Study
-from .tables import Table, operating_points, smallest_files, summarise
-from .verdicts import Claim, overview
+from importlib import import_module
 
-__all__ = [
-    "DATASETS", "NETWORKS", "PROFILES", "Case", "Claim", "Dataset", "Network", "Profile", "Study",
-    "Table", "build", "cost", "float_bytes", "load", "operating_points", "overview", "sample",
-    "smallest_files", "split", "summarise",
-]  # fmt: skip
+_FROM = {
+    "data": ("DATASETS", "Dataset", "load", "sample", "split"),
+    "jobs": ("float_bytes",),
+    "networks": ("NETWORKS", "Network", "build"),
+    "profiles": ("PROFILES", "Case", "Profile"),
+    "records": ("cost",),
+    "sweep": ("Study",),
+    "tables": ("Table", "operating_points", "smallest_files", "summarise"),
+    "verdicts": ("Claim", "overview"),
+}
+_MODULE = {name: module for module, names in _FROM.items() for name in names}
+__all__ = list(_MODULE)
+
+
+def __getattr__(name: str):
+    """Import what is asked for, when it is: ``python -m study fresh`` needs no torch."""
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    return value

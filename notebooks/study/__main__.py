@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from . import publish, stamps
-from .records import claims_in, git, read_claims
-from .sweep import Study
-from .verdicts import HOLDS
-from .verify import verify
+from . import stamps
+from .profiles import folder_name
+
+if TYPE_CHECKING:
+    from .sweep import Study
 
 
 def main(words: list[str] | None = None) -> int:
@@ -24,8 +25,8 @@ def main(words: list[str] | None = None) -> int:
     if words[:1] == ["lock"]:
         stamps.alone(words[1:])
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
-    parser.add_argument("command", choices=[*COMMANDS, "lock"])
-    parser.add_argument("notebook", nargs="?", default="", help="for fresh and stamp")
+    parser.add_argument("command", choices=[*LIGHT, *COMMANDS, "lock"])
+    parser.add_argument("notebook", nargs="?", default="", help="for fresh, execute and stamp")
     parser.add_argument("--profile", default="quick", help="quick or paper")
     parser.add_argument("--datasets", default="", help="comma-separated; empty: the profile's")
     parser.add_argument("--seed", type=int, default=0, help="added to the profile's seeds")
@@ -35,62 +36,51 @@ def main(words: list[str] | None = None) -> int:
     if os.environ.get("DATA_ROOT"):
         os.environ["DATA_ROOT"] = os.path.abspath(os.environ["DATA_ROOT"])
     try:
-        return COMMANDS[command](Study(**chosen), notebook, chosen)
-    except (ValueError, FileNotFoundError) as error:
+        if command in LIGHT:
+            place = {name: chosen[name] for name in ("profile", "seed", "per_class")}
+            return LIGHT[command](folder_name(**place), notebook, chosen)
+        from .sweep import Study  # here: torch, pandas and the rest take seconds to import
+
+        return COMMANDS[command](Study(**chosen), chosen)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _fresh(study: Study, notebook: str, parameters: dict) -> int:
-    if stamps.fresh(study, notebook, parameters):
+def _fresh(folder: str, notebook: str, parameters: dict) -> int:
+    if stamps.fresh(folder, notebook, parameters):
         print(f"{notebook}: up to date", flush=True)
         return 0
     return 1
 
 
-def _stamp(study: Study, notebook: str, parameters: dict) -> int:
-    stamps.stamp(study, notebook, parameters)
+def _stamp(folder: str, notebook: str, parameters: dict) -> int:
+    stamps.stamp(folder, notebook, parameters)
     return 0
 
 
-def _bases(study: Study, notebook: str, parameters: dict) -> int:
+def _bases(study: "Study", parameters: dict) -> int:
     """Train what is missing before notebooks that run side by side would each train it."""
     for case in study.cases:
         study.base(case)
     return 0
 
 
-def _claims(study: Study, notebook: str, parameters: dict) -> int:
-    """Print all claims, verdict first, then what differs from the committed verdicts."""
-    rows = read_claims(study.results)
-    for claim in rows:
-        print(f"{claim['verdict']:6} {claim['id']:4} {claim['where']:22} {claim['claim']}")
-        print(f"{'':12}expected: {claim['expected']}; measured: {claim['ours']}")
+def _claims(study: "Study", parameters: dict) -> int:
+    """Write ``CLAIMS.md``, and print in twelve lines what all of it came to."""
+    from . import publish
+    from .records import read_claims
+
     publish.write_claims(study.results)
-    committed = {_key(claim): claim for claim in _committed(study)}
-    if committed:
-        changed = [
-            (claim, before)
-            for claim in rows
-            if (before := committed.get(_key(claim))) and before["verdict"] != claim["verdict"]
-        ]
-        print(f"\n{len(changed)} verdicts differ from the committed ones (git HEAD)")
-        for claim, before in changed:
-            print(f"{claim['id']:4} {claim['where']:22} {claim['claim']}")
-            print(f"{'':5}committed: {before['verdict']} ({before['ours']}); "
-                  f"now: {claim['verdict']} ({claim['ours']})")  # fmt: skip
-    held = sum(claim["verdict"] == HOLDS for claim in rows)
-    print(f"{held} of {len(rows)} claims hold in profile {study.name!r}; see notebooks/09-paper")
+    print(publish.closing(study, read_claims(study.results), _committed(study)))
     return 0
 
 
-def _key(claim: dict) -> tuple[str, ...]:
-    return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
+def _committed(study: "Study") -> list[dict]:
+    from .records import claims_in, git
 
-
-def _committed(study: Study) -> list[dict]:
     rows = []
     for path in sorted(study.results.glob("claims-*.json")):
         text = git("show", f"HEAD:results/{study.name}/{path.name}")
@@ -98,19 +88,37 @@ def _committed(study: Study) -> list[dict]:
     return rows
 
 
-def _store_outputs(study: Study, notebook: str, parameters: dict) -> int:
+def _verify(study: "Study", parameters: dict) -> int:
+    from .verify import verify
+
+    return verify(study)
+
+
+def _store_outputs(study: "Study", parameters: dict) -> int:
+    from . import publish
+
     stamps.store_outputs()
     publish.write_claims(study.results)
     publish.update()
     return 0
 
 
+def _report(study: "Study", parameters: dict) -> int:
+    from .report import report
+
+    executed = study.scratch / "notebooks" / f"{stamps.LAST}.ipynb"
+    report(executed, study.results / "report.html")
+    print(study.results / "report.html")
+    return 0
+
+
+LIGHT = {"fresh": _fresh, "execute": stamps.execute, "stamp": _stamp}
+"""Asked before, for and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,
-    "fresh": _fresh,
-    "stamp": _stamp,
     "claims": _claims,
-    "verify": lambda study, *_: verify(study),
+    "verify": _verify,
+    "report": _report,
     "store-outputs": _store_outputs,
 }
 

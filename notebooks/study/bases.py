@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -190,8 +190,13 @@ def _training(path: Path) -> dict[str, int]:
     if path.suffix == ".xaic":
         remarks = Compressed.load(path).meta
     else:
-        with safe_open(path, "pt") as file:  # its header only, not the tensors
-            remarks = file.metadata() or {}
+        try:
+            with safe_open(path, "pt") as file:  # its header only, not the tensors
+                remarks = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): restore it, or remove it to train anew"
+            ) from error
     return {"cycles": int(remarks.get("cycles", 1)), "averaged": int(remarks.get("averaged", 0))}
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lib.files import write_bytes
 
+from .paths import CACHE
+
 SPLITS = ("train", "val", "test")
-ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("CACHE_ROOT", ROOT / ".cache"))
 _Split = tuple[np.ndarray, np.ndarray]
 _CIFAR_ARCHIVE = "CIFAR-10-images.tar.gz"
 _CIFAR_FOLDER = "CIFAR-10-images"

@@ -5,21 +5,23 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from .paths import ROOT
 
-from .data import ROOT
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = {
-    "names", "figures", "pictures", "sketches", "answers", "lessons", "publish", "stamps", "verify",
-    "__main__",
+    "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "lessons",
+    "publish", "report", "stamps", "verify", "__main__",
 }  # fmt: skip
 """Modules of ``study`` that no run of a recipe depends on: they show, or compute what is shown."""
 _LATER = {"type_params", "type_comment", "kind"}
 """Fields of syntax trees that Python versions differ in, or that no value depends on."""
 
 
-def of_tensors(tensors: Iterable[Tensor]) -> str:
+def of_tensors(tensors: "Iterable[Tensor]") -> str:
     """SHA-256 of the bytes of tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:

@@ -1,7 +1,8 @@
 """What notebooks compute to show how something works; no run of a recipe depends on it."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -15,8 +16,22 @@ from lib.relevance import Rule, scored_weights, weight_relevance
 from lib.repair import refit
 
 from . import names
+from .bases import schedule
 from .data import split
+from .networks import build
+from .training import augment_crop_flip, fit
 
+TURNED = {
+    "images per class, to weigh units": ("images-tiers", r"(\d+) images a class"),
+    "images per class, to remove": ("images-tiers", r"(\d+) images a class, pruned"),
+    "rule": ("scores", r"(\w+) abs contrastive"),
+    "where propagation starts": ("scores", r"epsilon abs (.+)"),
+    "how images are added up": ("scores", r"epsilon (\w+) contrastive"),
+    "ranked over": ("scope", r"lrp-epsilon/contrastive/abs, (\w+)"),
+    "widths of tiers": ("images-tiers", r"tiers (\(.+\))"),
+    "steps of fine-tuning": ("finetuning", r"all, adam: (\d+)"),
+}
+"""By setting: the ablation's table, and the recipes in which it alone differs, with its value."""
 ORDERS = ("nearest zero first", "farthest first", "at random")
 
 
@@ -38,6 +53,37 @@ def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> d
     network = copy.deepcopy(model).eval()
     network(images).gather(1, labels[:, None]).sum().backward()
     return {name: w.detach() * w.grad for name, w in scored_weights(network).items()}
+
+
+def learning(dataset: str, model: str, seed: int = 0, **changed) -> pd.DataFrame:
+    """Train a network as base networks are, for one cycle, and look at it after each epoch.
+
+    Parameters
+    ----------
+    dataset, model, seed
+        As for ``bases.base``.
+    **changed
+        Fields of its ``Schedule`` that differ, such as ``epochs`` and ``lr``.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model, seed, recipe (the split), knob (the epoch; zero before the first) and
+        accuracy (percent).
+    """
+    how, rows = replace(schedule(dataset, model), **changed), []
+    network = build(model, channels=split(dataset, "train")[0].shape[1], seed=seed)
+
+    def look(epoch: int) -> None:
+        for part, called in (("train", "training images"), ("val", "validation images")):
+            said = {"dataset": dataset, "model": model, "seed": seed, "recipe": called}
+            accuracy = evaluate(network, *split(dataset, part))
+            rows.append(said | {"knob": epoch, "accuracy": accuracy})
+
+    look(0)
+    fit(network, *split(dataset, "train"), epochs=how.epochs, lr=how.lr, batch_size=how.batch_size,
+        augment=augment_crop_flip if how.augment else None, seed=seed, after=look)  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def whereabouts(
@@ -177,3 +223,52 @@ def _without(scores: dict[str, Tensor], order: str, share: float) -> dict[str, T
     kept[candidates[turns[: round(share * len(candidates))]]] = False
     parts = kept.split([score.numel() for score in scores.values()])
     return {n: p.reshape(s.shape) for p, (n, s) in zip(parts, scores.items(), strict=True)}
+
+
+def settings(folder: Path) -> pd.DataFrame:
+    """Runs in which one setting of the method is turned, all from the same network.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the tables ``ablation-*.csv``.
+
+    Returns
+    -------
+    DataFrame
+        As of ``Study.sweep``; recipe is the setting, value what it was set to.
+
+    Raises
+    ------
+    FileNotFoundError
+        A table was not written yet.
+    """
+    tables = {name: pd.read_csv(folder / f"ablation-{name}.csv") for name, _ in TURNED.values()}
+    parts = []
+    for setting, (name, pattern) in TURNED.items():
+        table = tables[name]
+        values = table["recipe"].str.extract(rf"^{pattern}$")[0]
+        chosen = values.notna() & (table["model"] == tables["scores"]["model"].iloc[0])
+        parts.append(table[chosen].assign(recipe=setting, value=values))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_value(turned: pd.DataFrame) -> pd.DataFrame:
+    """Of ``settings``: the value of each that loses least and the one that loses most.
+
+    Parameters
+    ----------
+    turned : DataFrame
+        Of ``settings``.
+
+    Returns
+    -------
+    DataFrame
+        By setting: best, least lost, worst, most lost (points of test accuracy, mean over seeds).
+    """
+    lost = turned.assign(lost=turned["base_test_accuracy"] - turned["test_accuracy"])
+    means = lost.groupby(["recipe", "value"], sort=False)["lost"].mean().reset_index("value")
+    ends = means.sort_values("lost").groupby(level=0, sort=False).agg(["first", "last"])
+    ends.columns = ["best", "worst", "least lost", "most lost"]
+    order = [setting for setting in TURNED if setting in ends.index]
+    return ends.loc[order, ["best", "least lost", "worst", "most lost"]].rename_axis("setting")

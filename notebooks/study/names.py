@@ -1,8 +1,12 @@
 """What things are called in figures: one table, so that a legend needs no code to be read."""
 
+import re
+
 from torch import nn
 
 from lib.relevance import scored_weights
+
+from .data import DATASETS
 
 CRITERIA = {
     "lrp-epsilon": "relevance",
@@ -10,17 +14,25 @@ CRITERIA = {
     "lrp-epsilon/contrastive/abs": "|contrastive relevance|",
     "lrp-epsilon/contrastive/rms": "contrastive relevance, mean square",
     "magnitude": "|weight|",
+    "magnitude-folded": "|weight|, BatchNorm folded",
+    "literal": "literal rule",
+    "all": "reading that works",
     "deeplift": "DeepLIFT",
     "taylor": "weight × gradient of the loss, squared",
     "fisher": "squared gradients (Fisher)",
+    "hessian-trace": "trace of the Hessian",
     "alike": "all alike",
     "random": "random",
     "lrp": "relevance",
     "lrp contrastive": "contrastive relevance",
     "lrp root": "√ relevance",
+    "shuffled root": "√ relevance, dealt out at random",
     "reversed": "relevance in reverse",
+    "deeplift 100%": "XAI baseline, all filters",
+    "deeplift 80%": "XAI baseline, 80 % of filters",
+    "magnitude 20%": "largest fifth of |weight|",
 }
-"""By the name in a recipe: what scores weights, or weighs units."""
+"""By the name in a recipe: what scores weights, or weighs units; or how much of them is kept."""
 
 WAYS = {"tiers by ": "tiers: ", "units by ": "units: ", "units ": "units: "}
 """Of storing: bits by the rank of a weight, or rounding weighed by unit."""
@@ -42,10 +54,13 @@ WHOLE = {
     "resnet8": "ResNet-8",
     "resnet20": "ResNet-20",
     "vgg16": "VGG-16",
+    "mobilenet": "MobileNetV3-small",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
     "cifar10-jpeg": "CIFAR-10 (JPEG)",
 }
+
+CIFAR = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def readable(name: str) -> str:
@@ -74,13 +89,25 @@ def readable(name: str) -> str:
     parts = name.split("/")
     if all(part in PARTS for part in parts):
         return ", ".join(PARTS[part] for part in parts)
-    first, comma, rest = name.partition(", ")
+    first, comma, rest = name.replace("sequential", "layer after layer").partition(", ")
     return CRITERIA.get(first, first) + comma + rest
 
 
 def network(dataset: str, model: str) -> str:
     """Such as ``LeNet-5 on digits``."""
     return f"{readable(model)} on {readable(dataset)}"
+
+
+def classes(dataset: str) -> list[str]:
+    """What the labels of a data set stand for."""
+    data = DATASETS[dataset]
+    return list(CIFAR) if data.kind == "cifar" else [str(label) for label in range(data.classes)]
+
+
+def place(where: str) -> str:
+    """Where a claim was tested, such as ``digits-lenet5-s0``, as ``network`` says it."""
+    dataset, _, model = re.sub(r"-s\d+$", "", where).rpartition("-")
+    return network(dataset, model) if dataset else readable(where)
 
 
 def layers(model: nn.Module) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Pictures of networks: images, relevance, scores, files; returned as matplotlib figures."""
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -7,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from .figures import BLACK, BLUE, GREY, ORANGE, SIGNED, SKY, contrasting, panels
 from .names import readable
+from .palette import BLACK, BLUE, GREY, ORANGE, SIGNED, SKY, contrasting, panels
 
 
 def before_and_after(compressed, before: float, after: float) -> Figure:
@@ -265,13 +267,17 @@ def filters(weight: Tensor, relevance: Tensor, count: int = 12) -> Figure:
     return figure
 
 
-def samples(images: Tensor, labels: Tensor, columns: int = 10) -> Figure:
-    """A row of images with their labels.
+def samples(images: Tensor, titles: Iterable[object], title: str = "", columns: int = 10) -> Figure:
+    """A row of images, each under what it is called.
 
     Parameters
     ----------
-    images, labels : Tensor
-        [N, C, H, W] and int64 [N].
+    images : Tensor
+        [N, C, H, W].
+    titles : iterable
+        Of the images.
+    title : str
+        Of the figure.
     columns : int
         Images shown at most.
 
@@ -279,10 +285,11 @@ def samples(images: Tensor, labels: Tensor, columns: int = 10) -> Figure:
     -------
     Figure
     """
-    figure, axes = plt.subplots(1, columns, figsize=(columns, 1.3), layout="constrained")
-    for axis, image, label in zip(axes, images, labels.tolist(), strict=False):
+    figure, axes = plt.subplots(1, columns, figsize=(1.05 * columns, 1.9), layout="constrained")
+    for axis, image, said in zip(axes, images, titles, strict=False):
         low, high = image.amin(), image.amax()
         axis.imshow(((image - low) / (high - low)).permute(1, 2, 0).squeeze(), cmap="gray")
-        axis.set_title(str(label))
+        axis.set_title(str(said), fontsize=9, weight="normal")
     bare(axes)
+    figure.suptitle(title)
     return figure

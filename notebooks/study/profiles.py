@@ -3,9 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .bases import SCHEDULES
-from .data import DATASETS, kind
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -124,6 +121,29 @@ class Case:
         return f"{self.dataset}-{self.model}-s{self.seed}"
 
 
+def folder_name(profile: str, seed: int = 0, per_class: int = 0) -> str:
+    """Name of the folders of results and figures.
+
+    Parameters
+    ----------
+    profile : str
+        A key of ``PROFILES``.
+    seed : int
+        Other seeds than the profile's write to folders of their own, ``<profile>-seed<seed>``.
+    per_class : int
+        So do other numbers of reference images; zero stands for the profile's.
+
+    Raises
+    ------
+    ValueError
+        Unknown profile; the message lists the known ones.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    own = per_class in (0, PROFILES[profile].per_class)
+    return profile + (f"-seed{seed}" if seed else "") + ("" if own else f"-images{per_class}")
+
+
 def cases(profile: Profile, datasets: str = "", seed: int = 0) -> list[Case]:
     """The base networks of a profile.
 
@@ -153,6 +173,9 @@ def cases(profile: Profile, datasets: str = "", seed: int = 0) -> list[Case]:
 
 def _networks(profile: Profile, dataset: str, model: str = "") -> dict[str, tuple[int, ...]]:
     """Seeds by model: the profile's, else those of some profile for data of the same kind."""
+    from .bases import SCHEDULES  # here, since to look up a profile needs no torch
+    from .data import DATASETS, kind
+
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
     trained = {name: (0,) for data, name in SCHEDULES if data == kind(dataset)}

@@ -1,17 +1,21 @@
 """Tables in Markdown, written from ``results/`` so that no number in them is typed by hand."""
 
+import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from .data import ROOT
+from .names import network
+from .paths import ROOT
+from .profiles import PROFILES
 from .records import cost, read_claims, write
 from .tables import NETWORK, text
-from .verdicts import HOLDS, OPEN, overview
+from .verdicts import FAILS, HOLDS, OPEN, TITLES, overview
 
-README = ROOT / "README.md"
+README, ARTIFACT = ROOT / "README.md", ROOT / "ARTIFACT.md"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -24,7 +28,7 @@ def markdown(table: pd.DataFrame) -> str:
 def claims_text(results: Path) -> str:
     """All claims of a profile, reading by reading: the content of its ``CLAIMS.md``."""
     claims = read_claims(results)
-    counts = {v: sum(c["verdict"] == v for c in claims) for v in (HOLDS, OPEN, "fails")}
+    counts = {v: sum(c["verdict"] == v for c in claims) for v in (HOLDS, OPEN, FAILS)}
     return (
         f"# Claims, reading by reading: profile {results.name}\n\n"
         f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts['fails']} "
@@ -72,6 +76,66 @@ def _result(claim: dict | None, with_goal: bool) -> str:
 def write_claims(results: Path) -> None:
     """Write a profile's ``CLAIMS.md``."""
     write(results / "CLAIMS.md", claims_text(results))
+
+
+def closing(study, claims: list[dict], committed: list[dict]) -> str:
+    """What a reviewer asks when all has run, in at most twelve lines.
+
+    Parameters
+    ----------
+    study : Study
+        That has run.
+    claims, committed : list of dict
+        Its claims, and those of the last commit.
+
+    Returns
+    -------
+    str
+        Which claims hold, are open and fail; which differ from the committed ones; where figures,
+        tables and executed notebooks are; what was not run.
+    """
+    asked = Counter(claim["id"] for claim in claims)
+    held = sum(claim["verdict"] == HOLDS for claim in claims)
+    lines = [f"profile {study.name!r}: {held} of {len(claims)} claims hold"]
+    for verdict in (HOLDS, OPEN, FAILS):
+        found = Counter(claim["id"] for claim in claims if claim["verdict"] == verdict)
+        counts = (f"{i} {found[i]} of {asked[i]}" for i in asked if found[i])
+        lines.append(f"  {verdict}: {', '.join(counts) or 'none'}")
+    before = {_key(claim): claim["verdict"] for claim in committed}
+    changed = [
+        f"{c['id']} {c['where']} {then} -> {c['verdict']}"
+        for c in claims
+        if (then := before.get(_key(c), c["verdict"])) != c["verdict"]
+    ]
+    if committed:
+        said = f": {'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}" if changed else ""
+        lines.append(f"{len(changed)} verdicts differ from the committed ones (git HEAD){said}")
+    places = {
+        "each claim with what was measured": study.results / "CLAIMS.md",
+        "figures": study.figures,
+        "tables": study.results,
+        "notebooks as they have just run": study.scratch / "notebooks",
+    }
+    lines += [f"{what}: {os.path.relpath(place)}" for what, place in places.items()]
+    return "\n".join([*lines, f"not run: {'; '.join(_not_run(study, asked))}"])
+
+
+def _not_run(study, asked: Iterable[str]) -> list[str]:
+    """What a run of a profile leaves out, and how it can be had."""
+    ran = {(case.dataset, case.model) for case in study.cases}
+    wanted = {(d, m) for p in PROFILES.values() for d, models in p.networks.items() for m in models}
+    missing = sorted(wanted - ran)
+    left = []
+    if missing:
+        left.append(f"{', '.join(network(*pair) for pair in missing)} (another PROFILE)")
+    slow = [network(d, m) for d, m in sorted(ran) if m in study.profile.slow]
+    left += [f"{name} in ablations and layer after layer (hours)" for name in slow]
+    left += [f"{i}: {TITLES[i]}" for i in TITLES if i not in asked]
+    return left or ["nothing"]
+
+
+def _key(claim: dict) -> tuple[str, ...]:
+    return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
 
 
 def verdicts_table(results: Path) -> str:
@@ -131,12 +195,32 @@ def cost_table(results: Path) -> str:
     return markdown(pd.DataFrame(columns))
 
 
+def expected_table(results: Path) -> str:
+    """By claim the notebook that tests it, and its verdicts in the quick profile and in this."""
+    counts: dict[tuple[str, str], dict[str, Counter]] = {}
+    profiles = list(dict.fromkeys(["quick", results.name]))
+    for profile in profiles:
+        for claim in read_claims(results.parent / profile):
+            if claim["id"] in TITLES:
+                row = counts.setdefault((claim["id"], claim["notebook"]), {})
+                row.setdefault(profile, Counter())[claim["verdict"]] += 1
+    lines = []
+    for (identifier, notebook), found in counts.items():
+        said = [
+            ", ".join(f"{n[v]} {v.removesuffix('s')}" for v in (HOLDS, OPEN, FAILS) if n[v])
+            for n in (found.get(profile, Counter()) for profile in profiles)
+        ]
+        lines.append([f"{identifier}: {TITLES[identifier]}", f"`{notebook}`", *said])
+    return markdown(pd.DataFrame(lines, columns=["claim", "notebook", *profiles]))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "verdicts": verdicts_table,
     "files": files_table,
     "cost": cost_table,
+    "expected": expected_table,
 }
-"""Of the README, by the word in their markers."""
+"""Of the README and the artifact appendix, by the word in their markers."""
 
 
 def filled(text: str, root: Path = ROOT) -> str:
@@ -165,5 +249,6 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 
 def update() -> None:
-    """Fill the README in place."""
-    write(README, filled(README.read_text()))
+    """Fill the README and the artifact appendix in place."""
+    for path in (README, ARTIFACT):
+        write(path, filled(path.read_text()))

@@ -254,7 +254,7 @@ def headline(
         claims += [
             Claim(
                 "C1",
-                f"file smaller than the XAI baseline's, both within 1 point ({label})",
+                f"file smaller than the XAI baseline's, both within {max_drop:g} point ({label})",
                 where,
                 "64 %",
                 text(within, 1, " %"),

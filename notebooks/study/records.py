@@ -20,7 +20,7 @@ from lib.prune import KeepFilters, KeepTop, NonPositive
 from lib.quantize import ECQx, LayerWidths, RateDistortion, Sequential, Tiers, Trained, Uniform
 
 from . import digests
-from .data import ROOT
+from .paths import ROOT
 
 _PACKAGES = (
     "torch", "torchvision", "zennit", "captum", "constriction", "numpy", "scipy", "scikit-learn",
@@ -136,7 +136,15 @@ def _hash(content: list) -> str:
 
 def read_records(folder: Path) -> list[dict]:
     """Records of all runs in ``folder``, ``Study.runs``, in the order of their paths."""
-    return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    return [read_json(path) for path in sorted(folder.rglob("*.json"))]
+
+
+def read_json(path: Path) -> dict:
+    """What ``write_json`` wrote; a ValueError names a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, to run it again") from error
 
 
 def read_claims(results: Path) -> list[dict]:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data import ROOT
+from . import paths
+from .paths import LEDGER
 from .records import read_claims, write
 from .tables import Table
 from .verdicts import Claim
-
-LEDGER = "STUDY_LEDGER"
-"""Environment variable: a file in which each path that is written is noted, a line each."""
 
 
 class Results:
@@ -28,8 +26,7 @@ class Results:
 
     def __init__(self, name: str):
         self.name = name
-        self.results = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / name
-        self.figures = Path(os.environ.get("FIGURES_ROOT", ROOT / "figures")) / name
+        self.results, self.figures = paths.results(name), paths.figures(name)
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write ``results/<profile>/<name>.csv``."""

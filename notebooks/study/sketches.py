@@ -10,8 +10,9 @@ from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor, nn
 
-from .figures import BLACK, BLUE, GREY, RED, SIGNED, SKY, panels
-from .names import network, readable
+from .figures import curves
+from .names import readable
+from .palette import BLACK, BLUE, GREY, RED, SIGNED, SKY, panels
 from .pictures import bare, signed, square
 
 BITS = {0: "#ffffff", 2: "#c6dbef", 4: "#56a0d3", 8: "#08306b"}
@@ -284,17 +285,11 @@ def depth(table: pd.DataFrame) -> Figure:
     -------
     Figure
     """
-    networks = list(table.groupby(["dataset", "model"], sort=False))
-    figure, axes = panels(len(networks))
-    styles = [(SKY, "s", "--"), (BLUE, "o", "-"), (RED, "D", "-.")]
-    for axis, ((dataset, model), rows) in zip(axes, networks, strict=True):
-        parts = rows.groupby("recipe", sort=False)
-        for (name, part), (colour, marker, line) in zip(parts, styles, strict=False):
-            places = range(1, len(part) + 1)
-            axis.plot(places, part["bits"], color=colour, marker=marker, ls=line,
-                      label=readable(name))  # fmt: skip
-        axis.set(title=network(dataset, model), xlabel="layer, from the input", xticks=places)
+    place = table.groupby(["dataset", "model", "recipe"], sort=False).cumcount() + 1
+    figure = curves(
+        table.assign(knob=place, seed=0), "knob", "bits",
+        xlabel="layer, from the input", ylabel="bits per weight in the file",
+    )  # fmt: skip
+    for axis in figure.axes:
         axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("bits per weight in the file")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure

@@ -5,16 +5,11 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
-import nbformat
-
-from . import data, digests
-from .claims import STANDARD
-from .data import ROOT
-from .records import write, write_json
-from .results import LEDGER
-from .sweep import Study
+from . import digests, paths
+from .paths import LEDGER, ROOT, STANDARD
 
 FOLDER = ROOT / "notebooks"
 LAST = "09-paper"  # reads what the others wrote
@@ -22,72 +17,117 @@ READ = {LAST: ("*.csv", "claims-*.json"), "06-beyond": (f"{STANDARD}.csv",)}
 """By notebook, patterns of the results that it reads and did not write."""
 
 
-def _path(study: Study, name: str) -> Path:
-    return data.CACHE / study.name / "stamps" / f"{name}.json"
+def _path(folder: str, name: str) -> Path:
+    return paths.CACHE / folder / "stamps" / f"{name}.json"
 
 
-def _asked(study: Study, name: str, parameters: dict) -> str:
+def _asked(folder: str, name: str, parameters: dict) -> str:
     """Digest of all that goes into a notebook: its code, lib, study, parameters, and the data."""
     digest = hashlib.sha256(json.dumps([parameters, os.environ.get("DATA_ROOT")]).encode())
-    cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
+    # not by nbformat, whose import takes seconds
+    cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     for cell in cells:
-        if cell.cell_type == "code":
-            digest.update(cell.source.encode() + b"\0")
-    declared = "\n".join(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+        if cell["cell_type"] == "code":
+            digest.update("".join(cell["source"]).encode() + b"\0")
+    declared = "\n".join(
+        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])
+    )
     for parameter in parameters:
         if not re.search(rf"^{parameter} *=", declared, flags=re.M):
             raise ValueError(f"{name}.ipynb has no parameter {parameter}")
     for path in digests.sources():
         digest.update(path.read_bytes())
     for pattern in READ.get(name, ()):
-        for path in sorted(study.results.glob(pattern)):
+        for path in sorted(paths.results(folder).glob(pattern)):
             digest.update(f"{path.name} {digests.of_file(path)}".encode())
     return digest.hexdigest()
 
 
-def fresh(study: Study, name: str, parameters: dict) -> bool:
+def fresh(folder: str, name: str, parameters: dict) -> bool:
     """Whether a notebook ran on all that it would read now, and what it wrote is still there.
 
     Parameters
     ----------
-    study : Study
-        Of the notebook's parameters.
+    folder : str
+        ``profiles.folder_name`` of the parameters.
     name : str
         The notebook's, without ``.ipynb``.
     parameters : dict
         Handed to the notebook.
     """
-    path = _path(study, name)
-    if not path.exists():
-        return False
-    stamp = json.loads(path.read_text())
-    written = stamp["written"].items()
-    return stamp["asked"] == _asked(study, name, parameters) and all(
+    try:
+        stamp = json.loads(_path(folder, name).read_text())
+        asked, written = stamp["asked"], stamp["written"].items()
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # never run, or of another version
+    return asked == _asked(folder, name, parameters) and all(
         digests.of_file(Path(file)) == content for file, content in written
     )
 
 
-def stamp(study: Study, name: str, parameters: dict) -> None:
+def execute(folder: str, name: str, parameters: dict) -> int:
+    """Run a notebook into the folder of executed copies, quietly but for what went wrong in it.
+
+    Parameters
+    ----------
+    folder, name, parameters
+        As for ``fresh``.
+
+    Returns
+    -------
+    int
+        One where a cell failed; what it raised was printed.
+    """
+    from papermill import PapermillExecutionError, execute_notebook  # here: takes a second
+
+    target = paths.CACHE / folder / "notebooks" / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        execute_notebook(
+            FOLDER / f"{name}.ipynb",
+            target,
+            parameters,
+            progress_bar=False,
+            cwd=FOLDER,
+            # warnings of every kernel about its own transport say nothing about the notebook
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
+    except PapermillExecutionError as error:
+        print(error, file=sys.stderr)
+        print(f"{name}.ipynb stopped at the cell named above; executed copy: {target}")
+        return 1
+    return 0
+
+
+def stamp(folder: str, name: str, parameters: dict) -> None:
     """Note that a notebook has just run, with the digest of each file that it wrote.
 
     Parameters
     ----------
-    study, name, parameters
+    folder, name, parameters
         As for ``fresh``; the environment variable ``STUDY_LEDGER`` names the list of the files.
     """
     ledger = Path(os.environ[LEDGER])
     files = sorted(set(ledger.read_text().splitlines())) if ledger.exists() else []
     written = {file: digests.of_file(Path(file)) for file in files}
-    asked = _asked(study, name, parameters)
-    write_json(_path(study, name), {"asked": asked, "written": written})
+    path = _path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    asked = _asked(folder, name, parameters)
+    partial.write_text(json.dumps({"asked": asked, "written": written}, indent=1) + "\n")
+    partial.replace(path)
     ledger.unlink(missing_ok=True)
 
 
 def store_outputs() -> None:
     """Copy the quick profile's outputs into the committed notebooks, run-time metadata removed."""
+    import nbformat
+
+    from .records import write
+
     for path in sorted(FOLDER.glob("[0-9][0-9]-*.ipynb")):
         stored = nbformat.read(path, as_version=4)
-        executed = nbformat.read(data.CACHE / "quick" / "notebooks" / path.name, as_version=4)
+        executed = nbformat.read(paths.CACHE / "quick" / "notebooks" / path.name, as_version=4)
         injected = "injected-parameters"
         cells = [c for c in executed.cells if injected not in c.metadata.get("tags", [])]
         for cell, done in zip(stored.cells, cells, strict=True):
@@ -100,6 +140,8 @@ def store_outputs() -> None:
                 outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
                 cell.outputs, cell.execution_count = outputs, count
                 for output in cell.outputs:
+                    # of no use without the kernel that made it; the picture beside it stays
+                    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                     if output.output_type == "execute_result":
                         output.execution_count = count
         write(path, nbformat.writes(stored) + "\n")
@@ -116,8 +158,8 @@ def alone(command: list[str]) -> None:
     command : list of str
         Program and arguments.
     """
-    data.CACHE.mkdir(parents=True, exist_ok=True)
-    lock = os.open(data.CACHE / "lock", os.O_RDWR | os.O_CREAT)
+    paths.CACHE.mkdir(parents=True, exist_ok=True)
+    lock = os.open(paths.CACHE / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,5 @@
 """Studies: one profile's base networks, runs that are not computed twice, tables and figures."""
 
-import json
 import os
 import pickle
 import time
@@ -23,8 +22,8 @@ from . import data, digests, jobs
 from .bases import base, checkpoint, is_trained
 from .data import sample, split
 from .jobs import Job
-from .profiles import PROFILES, Case, cases
-from .records import STORES, address, base_address, provenance, write_json
+from .profiles import PROFILES, Case, cases, folder_name
+from .records import STORES, address, base_address, provenance, read_json, write_json
 from .results import Results
 
 LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
@@ -57,14 +56,10 @@ class Study(Results):
     def __init__(
         self, profile: str = "quick", datasets: str = "", seed: int = 0, per_class: int = 0
     ):
-        if profile not in PROFILES:
-            raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+        super().__init__(folder_name(profile, seed, per_class))
         self.profile = PROFILES[profile]
         self.cases = cases(self.profile, datasets, seed)
-        per_class = 0 if per_class == self.profile.per_class else per_class
         self.per_class = per_class or self.profile.per_class
-        seeded = f"-seed{seed}" if seed else ""
-        super().__init__(f"{profile}{seeded}" + (f"-images{per_class}" if per_class else ""))
         if self.name != profile:
             print(f"not the {profile} profile's own: written to {self.results.name}/")
         # What the paper profile computes in hours is kept and committed, run by run; the quick
@@ -119,7 +114,7 @@ class Study(Results):
             accuracy = evaluate(network, *split(case.dataset, part))
             row = asdict(case) | {"split": part, "accuracy": accuracy}
             write_json(path, row | {"provenance": provenance(start)})
-        return json.loads(path.read_text())["accuracy"]
+        return read_json(path)["accuracy"]
 
     def references(self, case: Case, per_class: int | None = None) -> tuple[Tensor, Tensor]:
         """Reference images and labels of a case, drawn from its training split."""
@@ -176,7 +171,7 @@ class Study(Results):
         }
         self._run(missing, images)
         records = [
-            {"recipe": name} | json.loads(self._path(case, variant, images).read_text())
+            {"recipe": name} | read_json(self._path(case, variant, images))
             for name, case, variant in rows
         ]
         columns = ["dataset", "model", "seed", "recipe"]

@@ -1,5 +1,6 @@
 """From tables of runs to operating points: means, intervals, smallest files."""
 
+import html
 from collections.abc import Iterable
 
 import numpy as np
@@ -108,13 +109,15 @@ class Table:
     Parameters
     ----------
     frame : DataFrame
-        What to show.
+        What to show. Texts stand left, numbers right; what is not a number is a dash.
     digits : int
-        Decimals of floating-point columns.
+        Decimals of floating-point columns; none where values reach a thousand, such as bytes.
+    fold : str
+        What a long table is called; it is then unfolded by a click on that.
     """
 
-    def __init__(self, frame: pd.DataFrame, digits: int = 2):
-        self.frame, self.digits = frame, digits
+    def __init__(self, frame: pd.DataFrame, digits: int = 2, fold: str = ""):
+        self.frame, self.digits, self.fold = frame, digits, fold
 
     def __repr__(self):
         rows, columns = self.frame.shape
@@ -122,4 +125,29 @@ class Table:
 
     def _repr_html_(self):
         index = not isinstance(self.frame.index, pd.RangeIndex)
-        return self.frame.to_html(index=index, float_format=lambda x: f"{x:,.{self.digits}f}")
+        texts = {name for name, column in self.frame.items() if not _counts(column)}
+        frame = self.frame.apply(self._said)
+        frame = frame.rename(columns=lambda name: (_left if name in texts else _escaped)(name))
+        if index:
+            frame = frame.rename(index=lambda v: (_left if isinstance(v, str) else _escaped)(v))
+        said = frame.to_html(index=index, escape=False)
+        return f"<details><summary>{self.fold}</summary>{said}</details>" if self.fold else said
+
+    def _said(self, column: pd.Series) -> pd.Series:
+        if not _counts(column):
+            return column.fillna("").map(_left)
+        whole = pd.api.types.is_integer_dtype(column) or column.abs().max() >= 1000
+        digits = 0 if whole else self.digits
+        return column.map(lambda value: "–" if pd.isna(value) else f"{value:,.{digits}f}")
+
+
+def _counts(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def _escaped(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _left(value: object) -> str:
+    return f'<div style="text-align: left">{_escaped(value)}</div>'

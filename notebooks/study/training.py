@@ -1,5 +1,6 @@
 """Training of the base networks."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -51,6 +52,13 @@ def augment_crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = left + torch.where(flip, width - 1 - columns, columns)
     index = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def _resumed(checkpoint: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(checkpoint, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is damaged: remove it to train from the start") from error
 
 
 class Passes:
@@ -105,6 +113,7 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: str | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train a network from where it stands, with SGD and a one-cycle or a constant learning rate.
 
@@ -137,6 +146,8 @@ def fit(
         from there. The file is removed by the caller once the result is stored.
     progress : str, optional
         Label of a progress bar; none without it.
+    after : callable, optional
+        Called after each epoch with its number, from one.
 
     Returns
     -------
@@ -165,7 +176,7 @@ def fit(
     mean = AveragedModel(model) if average else None
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = _resumed(checkpoint, device)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
@@ -187,6 +198,8 @@ def fit(
             if mean is not None:
                 mean.update_parameters(model)
             bar.update()
+        if after is not None:
+            after(epoch + 1)
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             state = BytesIO()

@@ -15,7 +15,7 @@ from lib import Recipe
 from lib.prune import KeepTop
 from lib.quantize import Uniform
 from study import jobs, records
-from study.data import ROOT
+from study.paths import ROOT
 
 pytest.importorskip("distributed")
 RECIPES = {

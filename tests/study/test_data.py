@@ -1,3 +1,4 @@
+import pickle
 import struct
 
 import numpy as np
@@ -98,3 +99,64 @@ def test_a_data_set_from_outside_is_one_line(monkeypatch):
     assert labels.tolist() == [0, 1, 2, 3]
     chosen = cases(PROFILES["paper"], "mine/lenet5")
     assert [str(case) for case in chosen] == ["mine-lenet5-s0", "mine-lenet5-s1", "mine-lenet5-s2"]
+
+
+def _fake_mnist(root, pixels, labels):
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, name in (("train", "train"), ("test", "t10k")):
+        _write_idx(raw / f"{name}-images-idx3-ubyte", pixels[part].mean(1).astype(np.uint8))
+        _write_idx(raw / f"{name}-labels-idx1-ubyte", labels[part])
+
+
+def _fake_cifar10(root, pixels, labels, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    for part, name in (("train", "data_batch_1"), ("test", "test_batch")):
+        content = {"data": pixels[part].reshape(len(labels[part]), -1), "labels": [*labels[part]]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = pickle.dumps({"label_names": [str(i) for i in range(10)]})
+    (folder / "batches.meta").write_bytes(names)
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
+
+
+def _fake_jpeg(cache, pixels, labels):
+    (cache / "data").mkdir(parents=True)
+    arrays = {f"{p}_{k}": v[p] for k, v in (("x", pixels), ("y", labels)) for p in pixels}
+    np.savez(cache / "data" / "cifar10-jpeg.npz", **arrays)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-jpeg"])
+def test_the_three_splits_are_apart_and_each_is_read_from_its_own_file(name, tmp_path, monkeypatch):
+    # The first pixels of each image are its number; those of the test file begin at 20,000. The
+    # label follows from the number, so that images and labels cannot be mixed up.
+    pixels, labels = {}, {}
+    for part, first, count in (("train", 0, 5200), ("test", 20_000, 300)):
+        number = np.arange(first, first + count)
+        pixels[part] = np.zeros((count, 3, 32, 32), np.uint8)
+        pixels[part][:, :, 0, 0] = (number // 250)[:, None]
+        pixels[part][:, :, 0, 1] = (number % 250)[:, None]
+        labels[part] = (number // 7 % 10).astype(np.uint8)
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    if name == "mnist":
+        _fake_mnist(tmp_path, pixels, labels)
+    elif name == "cifar10":
+        _fake_cifar10(tmp_path, pixels, labels, monkeypatch)
+    else:
+        _fake_jpeg(tmp_path / "cache", pixels, labels)
+    found = {}
+    for part in data.SPLITS:
+        images, wanted = load(name, part)
+        mean, std = DATASETS[name].mean[0], DATASETS[name].std[0]
+        high, low = (images[:, 0, 0, :2] * std + mean).mul(255).round().long().T
+        number = high * 250 + low
+        assert torch.equal(wanted, number // 7 % 10)
+        found[part] = set(number.tolist())
+    assert found["test"] == set(range(20_000, 20_300))
+    assert len(found["val"]) == 5000 and not found["val"] & found["train"]
+    assert found["val"] | found["train"] == set(range(5200))

@@ -10,7 +10,7 @@ import time
 import nbformat
 import pytest
 
-from study.data import ROOT
+from study.paths import ROOT
 
 PARAMETERS = 'profile = "quick"\ndatasets = ""\nseed = 0\nper_class = 0'
 SAVE = """import pandas as pd
@@ -110,3 +110,18 @@ def test_command_line_says_what_is_known_and_fails():
     command = [sys.executable, "-m", "study", "bases", "--profile", "fast"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown profile 'fast'; known: quick, paper" in done.stderr
+
+
+LIGHT = """
+import sys
+from study import __main__
+assert __main__.main(["fresh", "00-quickstart", "--profile", "paper"]) == 1
+heavy = {"torch", "numpy", "pandas", "sklearn", "matplotlib", "nbformat"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_asking_whether_a_notebook_is_up_to_date_imports_nothing_that_takes_long(tmp_path):
+    told = os.environ | {"CACHE_ROOT": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

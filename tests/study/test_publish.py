@@ -4,20 +4,25 @@ import pandas as pd
 import pytest
 
 from lib import RECIPES
-from study import publish
-from study.data import ROOT
+from study import Study, publish
+from study.paths import ROOT
+from study.records import read_claims
 
-TEXT = publish.README.read_text()
+TEXT, APPENDIX = publish.README.read_text(), publish.ARTIFACT.read_text()
+CHECKLIST = (ROOT / "REPRODUCIBILITY.md").read_text()
 
 
 def test_the_tables_are_what_the_results_say():
     assert publish.filled(TEXT) == TEXT
-    kinds = re.findall(r"<!-- (\w+): \w+ -->", TEXT)
+    assert publish.filled(APPENDIX) == APPENDIX and "| C1: " in APPENDIX
+    kinds = re.findall(r"<!-- (\w+): \w+ -->", TEXT + APPENDIX)
     assert set(kinds) >= set(publish.TABLES) and "| C1 " in TEXT
 
 
 def test_files_and_recipes_that_are_named_exist():
-    paths = re.findall(r"`((?:lib|notebooks|tests|results|figures)/[\w/.-]*)`", TEXT)
+    everything = TEXT + APPENDIX + CHECKLIST
+    paths = re.findall(r"`((?:lib|notebooks|tests|results|figures)/[\w/.-]*)`", everything)
+    paths += re.findall(r"\]\(((?!http)[\w/.-]+)\)", everything)
     assert len(paths) > 8 and all((ROOT / path).exists() for path in paths)
     assert all((ROOT / path).exists() for path in re.findall(r"\]\((figures/.*?)\)", TEXT))
     assert set(re.findall(r"`(lrp-[\w-]+-(?:rd|sequential))`", TEXT)) <= set(RECIPES)
@@ -25,7 +30,7 @@ def test_files_and_recipes_that_are_named_exist():
 
 def test_targets_that_are_named_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`make (\w+)", TEXT)):
+    for target in set(re.findall(r"`make ([a-z]+)(?![a-z-])", TEXT + APPENDIX)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
@@ -78,3 +83,29 @@ def test_claims_that_are_open_or_fail_are_marked():
     assert cells(line) == ["B1", r"s\|t", "1", "0.5", "*0.5*", "**0.5**", "`01`"]
     with pytest.raises(ValueError, match="two results of"):
         publish.claims_table([*rows, claim("holds", "a-x")])
+
+
+def test_one_seed_that_misses_the_accuracy_is_marked(tmp_path):
+    row = {"dataset": "a", "model": "x", "recipe": "one", "file_bytes": 1000, "ratio": 4.0,
+           "test_accuracy": 90.0, "base_test_accuracy": 91.0}  # fmt: skip
+    seeds = [row | {"seed": seed, "reached": seed != 1} for seed in range(3)]
+    pd.DataFrame(seeds).to_csv(tmp_path / "headline-smallest.csv")
+    assert cells(publish.files_table(tmp_path).splitlines()[-1])[1].endswith(" †")
+
+
+def test_what_reproduce_prints_at_its_end_fits_twelve_lines():
+    study = Study("quick")
+    claims = read_claims(ROOT / "results" / "quick")
+    held = sum(claim["verdict"] == "holds" for claim in claims)
+    other = [c | {"verdict": "open" if c["verdict"] == "fails" else "fails"} for c in claims]
+    for committed, differ in (([], None), (claims, 0), (other, len(claims))):
+        lines = publish.closing(study, claims, committed).splitlines()
+        assert len(lines) <= 12
+        assert lines[0] == f"profile 'quick': {held} of {len(claims)} claims hold"
+        said = [line for line in lines if "differ from" in line]
+        assert [int(line.split()[0]) for line in said] == [differ] * (differ is not None)
+        counts = [int(n) for line in lines[1:4] for n in re.findall(r" (\d+) of \d+", line)]
+        assert sum(counts) == len(claims)
+    for place in ("CLAIMS.md", "figures", "tables", "notebooks"):
+        assert sum(place in line for line in lines) >= 1
+    assert "VGG-16 on CIFAR-10 (JPEG)" in lines[-1] and "C7: " in lines[-1]

@@ -12,7 +12,7 @@ from lib.prune import KeepTop, NonPositive
 from lib.quantize import RateDistortion, Tiers, Uniform
 from study import digests, records
 from study.bases import base, checkpoint
-from study.data import ROOT
+from study.paths import ROOT
 
 PAPER = ROOT / "results" / "paper"
 CASES = sorted(path.name for path in (PAPER / "runs").iterdir())

@@ -235,3 +235,59 @@ def test_an_ingredient_is_needed_where_leaving_it_out_costs_a_point():
     claims = ablation_claims(_runs(rows), "all", {"this": "less", "that": "same"})
     assert [(c.claim.split()[-1], c.verdict) for c in claims] == [("this", HOLDS), ("that", FAILS)]
     assert claims[0].ours == "1.50 points worse"
+
+
+def _seeds(*parts):
+    return pd.concat([_runs(rows, seed) for seed, rows in enumerate(parts)])
+
+
+def test_the_rival_is_the_baselines_best_file_by_validation():
+    rows = [
+        ("ours", 1, 1000, 98.5, 97.0),
+        ("theirs", 1, 900, 98.0, 96.0),  # best on validation of those no larger
+        ("theirs", 2, 800, 97.0, 96.5),  # best on test
+        ("theirs", 3, 100, 50.0, 40.0),  # smallest
+        ("theirs", 4, 2000, 98.9, 97.9),  # larger
+    ]
+    (_, _, accurate, _) = headline(_runs(rows), ["ours"], ["theirs"], "x")
+    assert accurate.id == "C2" and accurate.ours.endswith(" 1.0 points")
+
+
+def test_headline_counts_every_seed():
+    good = [("ours", 1, 100, 98.5, 97.9), ("theirs", 1, 1000, 98.2, 97.0)]
+    bad = [("ours", 1, 950, 98.1, 90.0), ("theirs", 1, 1000, 98.2, 97.0)]
+    smaller, matched, _, loss = headline(_seeds(good, bad), ["ours"], ["theirs"], "x")
+    assert smaller.ours.startswith("47.5 ±") and smaller.verdict == OPEN
+    assert matched.verdict == FAILS and "(accuracy not reached)" in matched.ours
+    assert loss.ours.startswith("4.05 ±") and loss.verdict == OPEN
+    _, _, _, loss = headline(_seeds(bad, good, bad, bad, bad, bad), ["ours"], ["theirs"], "x")
+    assert loss.verdict == FAILS
+
+
+def test_all_seeds_have_to_reach_the_accuracy():
+    reached = [("ours", k, 400 - 100 * k, 98.5, 98 - k) for k in (0, 1, 2)]
+    missed = [("ours", k, 400 - 100 * k, 90.0, 90 - k) for k in (0, 1, 2)]
+    rival = [("theirs", k, 4000 - 1000 * k, 98.5, 98 - k) for k in (0, 1, 2)]
+    table = _seeds(reached + rival, missed + rival)
+    (claim,) = precision_claims(table, "ours", ["theirs"], "x")
+    assert claim.verdict == FAILS and claim.ours.startswith("never within 1 point")
+    (claim,) = size_claims(table, "C6", {"x": ("ours", "theirs")})
+    assert claim.verdict == FAILS and "within 1 point never" in claim.ours
+    # a rival that misses it for one seed has no size to compare with
+    (claim,) = precision_claims(table, "theirs", ["ours"], "x")
+    assert claim.verdict == OPEN and "(never)" in claim.ours
+    (claim,) = size_claims(table, "C6", {"x": ("theirs", "ours")})
+    assert claim.verdict == OPEN and claim.ours.endswith("the other never")
+
+
+def test_within_one_point_is_one_point():
+    rows = [("a", 1, 10, 98.0, 97.0), ("a", 2, 5, 97.9, 97.0), ("b", 1, 5, 97.5, 97.0)]
+    best = smallest_files([_runs(rows)], 1.0).set_index("recipe")
+    assert best["file_bytes"].to_dict() == {"a": 10, "b": 5}
+    assert best["reached"].to_dict() == {"a": True, "b": False}
+
+
+def test_an_ingredient_that_does_harm_is_not_needed():
+    rows = [("all", 1, 9, 0, 90.0), ("less", 1, 9, 0, 95.0)]
+    (claim,) = ablation_claims(_runs(rows), "all", {"this": "less"})
+    assert claim.verdict == FAILS and claim.ours == "-5.00 points worse"

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from lib import RECIPES
 from study import Study, claims, data, jobs, publish, sweep, verify
 from study.bases import SCHEDULES, Schedule, base
-from study.profiles import Case
-from study.records import write_json
+from study.paths import ROOT
+from study.profiles import PROFILES, Case
+from study.records import read_claims, write_json
 from study.tables import smallest_files
 
 
@@ -202,3 +203,16 @@ def test_what_is_committed_is_verified_rather_than_the_working_tree(study, capsy
     assert "(git HEAD) is verified; 1 files of results/quick differ from it now" in out
     git("commit", "-a", "-m", "y")
     assert verify.verify(study) == 1
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_committed_claims_follow_from_committed_tables(profile):
+    results = ROOT / "results" / profile
+    rows = read_claims(results)
+    again = claims.from_tables(
+        lambda name: pd.read_csv(results / f"{name}.csv"), PROFILES[profile].finetune, rows
+    )
+    assert len(again) > 50 and all(row in rows for row in again)
+    told = {row["notebook"] for row in again}
+    alone = {"R1", "R2"}  # rest on what no table holds
+    assert [r for r in rows if r["notebook"] in told and r["id"] not in alone] == again

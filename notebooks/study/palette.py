@@ -1,0 +1,116 @@
+"""How figures look: colours and markers, one of each for a method; panels; ticks."""
+
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+plt.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "font.size": 10,
+        "figure.dpi": 100,
+        "legend.frameon": False,
+        "svg.hashsalt": "xai-compression",
+    }
+)
+
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#e69f00", "#009e73", "#56b4e9"
+RED, PURPLE, BLACK, GREY = "#d55e00", "#cc79a7", "#222222", "#8a8a8a"
+INDIGO, WINE = "#332288", "#882255"
+"""Okabe and Ito's palette and two dark colours of Tol's, told apart by colour-blind readers; in
+grey print markers and hatches do it."""
+SIGNED = "RdBu_r"  # red for, blue against
+_CONTROLS = {"random": (GREY, "--"), "shuffled": (GREY, "--"), "reversed": (BLACK, ":")}
+_BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "uniform")
+_OURS, _THEIRS = (BLUE, SKY, GREEN, INDIGO), (RED, ORANGE, PURPLE, WINE)
+_MARKERS = "osD^vPX*<>"
+
+
+def style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
+    """Controls are grey and dashed; baselines take warm colours first, all others cool ones."""
+    marker = {"marker": _MARKERS[position % len(_MARKERS)], "ms": 5}
+    for family, (colour, line) in _CONTROLS.items():
+        if family in name:
+            return {"color": colour, "ls": line, **marker}
+    theirs = any(family in name for family in _BASELINES)
+    colours = _THEIRS + _OURS if theirs else _OURS + _THEIRS
+    free = [colour for colour in colours if colour not in taken]
+    return {"color": free[0] if free else colours[position % 4], "ls": "-", **marker}
+
+
+def styles(names: Iterable[str]) -> list[dict]:
+    """A style for each: no two share a marker, nor a colour while some are left."""
+    found = []
+    for position, name in enumerate(names):
+        found.append(style(name, position, [each["color"] for each in found]))
+    return found
+
+
+def panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure, list]:
+    """Axes side by side, in two rows where one would be too wide to be read on a page."""
+    rows = 1 if count * width <= 16 else 2
+    columns = -(-count // rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def contrasting(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever can be read on a colour (WCAG relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return "white" if np.dot((0.2126, 0.7152, 0.0722), linear) < 0.179 else "black"
+
+
+def put_ticks(axis: Axis, values: list[float]) -> None:
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+
+
+def ticks(values: pd.Series) -> list[float]:
+    """1, 2 and 5 times powers of ten within the range of values, or its ends if it is narrow."""
+    low, high = values.min(), values.max()
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    found = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    within = [tick for tick in found if 0.999 * low <= tick <= 1.001 * high]
+    return within if len(within) > 1 else sorted({float(f"{end:.2g}") for end in (low, high)})
+
+
+EVEN = "(even to 1, then logarithmic)"
+"""What the label of an axis of points lost has to say."""
+
+
+def points_lost(axes: Axes, which: str, values: pd.Series) -> list[Line2D]:
+    """Make ``x`` or ``y`` an axis of points lost against the uncompressed network.
+
+    It is linear up to one point, where methods are compared, and logarithmic beyond; fewer points
+    lost are higher. Gives the lines at zero and at one point, with their labels.
+    """
+    across = axes.axvline if which == "x" else axes.axhline
+    lines = [across(0, color="black", lw=0.8, ls=":", label="uncompressed"),
+             across(1, color="black", lw=0.8, label="one point lost")]  # fmt: skip
+    ends = min(-0.3, values.min() - 0.1), max(1.5, 1.3 * values.max())
+    if which == "x":
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(*ends)
+    else:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(*ends[::-1])
+    put_ticks(axes.xaxis if which == "x" else axes.yaxis, [-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    return lines
