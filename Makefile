@@ -17,7 +17,7 @@ NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test mutants test-machines test-hostile types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-hostile types lab verify report bench notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -64,14 +64,23 @@ run-%: env
 	$(RUN) study execute $* $(CASES) || exit $$?; \
 	$(RUN) study stamp $* $(CASES)
 
-test: env  ## style and types, unit tests, then the notebooks against their stored outputs, then the numbers
+# Unit tests and notebooks use one core each, so both go at once; each tells all when it is done.
+TOGETHER = --jobs=2 $(if $(findstring output-sync,$(.FEATURES)),--output-sync=target)
+
+test: env  ## style and types; unit tests beside notebooks against stored outputs, then the numbers
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy lib
+	@$(MAKE) --no-print-directory $(TOGETHER) test-units test-notebooks
+
+test-units: env
 	$(RUN) pytest tests --ignore tests/regression
-	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" FIGURES_ROOT="$(CURDIR)/.cache/nbval/figures" \
-	  $(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
-	RESULTS_ROOT="$(CURDIR)/.cache/nbval/results" $(RUN) pytest tests/regression
+
+test-notebooks: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
+test-notebooks: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
+test-notebooks: env
+	$(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
+	$(RUN) pytest tests/regression
 
 mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign checksum": only some
 	$(VENV)/bin/python tests/mutants/run.py $(NAMES)

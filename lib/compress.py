@@ -79,8 +79,8 @@ def remove(
         ``lib.relevance``).
     """
     how = recipe.repair
-    if how.finetune and train is None:
-        raise ValueError("this recipe fine-tunes: give it train=(images, labels) or a DataLoader")
+    if (how.finetune or recipe.store.trains) and train is None:
+        raise ValueError("this recipe trains: give it train=(images, labels) or a DataLoader")
     folded = fold(model, images)
     network = copy.deepcopy(folded.network)
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in scored_weights(network).items()}
@@ -98,7 +98,7 @@ def remove(
     if train is not None and how.finetune:
         finetune(network, masks, train, steps=how.finetune, optimiser=how.optimiser, seed=seed)
         network = copied(network)  # without activations that a model may keep
-    return Removed(folded, network, masks)
+    return Removed(folded, network, masks, train, seed)
 
 
 def prepare(removed: Removed, images: Tensor, labels: Tensor, recipe: Recipe) -> Prepared:

@@ -1,6 +1,6 @@
 """Fine-tuning under a mask, and accuracy: the two uses that compression makes of labels."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 import torch
@@ -67,6 +67,9 @@ def finetune(
     lr: float = 1e-3,
     batch_size: int = 128,
     seed: int = 0,
+    coded: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    refresh: Callable[[], None] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
@@ -90,6 +93,13 @@ def finetune(
         Images of a step, where ``data`` are tensors.
     seed : int
         Of the order, likewise.
+    coded : callable, optional
+        (step, weights by name) -> the weights that the network computes with at that step, and
+        ends with; their gradients move the weights behind them (straight-through).
+    refresh : callable, optional
+        With ``coded``: called at every tenth of the steps, while the network holds coded weights.
+    scales : mapping of str to float, optional
+        Factors of the learning rate, by what the names of the parameters begin with.
 
     Returns
     -------
@@ -104,16 +114,29 @@ def finetune(
     device = next(model.parameters()).device
     masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
     make, factor, settings = OPTIMISERS[optimiser]
-    descent = make(model.eval().parameters(), lr=lr * factor, **settings)
+    groups = [
+        {"params": [p], "lr": lr * factor * next(
+            (scale for begin, scale in (scales or {}).items() if name.startswith(begin)), 1.0
+        )}
+        for name, p in model.eval().named_parameters()
+    ]  # fmt: skip
+    descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
-    for images, labels in islice(_endless(data, batch_size, seed), steps):
+    named = {name: p for name, p in model.named_parameters() if name in masks}
+    for step, (images, labels) in enumerate(islice(_endless(data, batch_size, seed), steps)):
+        behind = _exchanged(named, coded, step) if coded else {}
+        if refresh and step % max(1, steps // 10) == 0:
+            refresh()
         descent.zero_grad()
         F.cross_entropy(model(own(images, model)), labels.to(device)).backward()
+        _put(named, behind)
         descent.step()
         schedule.step()
         with torch.no_grad():
             for parameter, mask in masked:
                 parameter.mul_(mask)
+    if coded:
+        _exchanged(named, coded, steps)
     descent.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise ValueError(
@@ -121,6 +144,19 @@ def finetune(
             f"learning rate below {lr}"
         )
     return model
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def _exchanged(parameters: Mapping[str, nn.Parameter], coded: Callable, step: int) -> dict:
+    """Put coded weights in place; return those that they stand for."""
+    behind = {name: p.detach().clone() for name, p in parameters.items()}
+    _put(parameters, coded(step, behind))
+    return behind
 
 
 def check_batches(name: str, data: Batches | None) -> None:

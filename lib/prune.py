@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from .finetune import Batches
 from .fold import Folded
 from .masks import Mask, check_scope, check_share, filters, intersect, keep_top, nonpositive_nearest
 from .score import By, Scores, criterion
@@ -27,11 +28,17 @@ class Removed:
         The folded copy, pruned, refitted and fine-tuned; removed weights are zero.
     masks : dict of str to Tensor
         bool, True = kept; keyed by weight name.
+    train : tuple of Tensor, or iterable of batches, optional
+        Training data, for quantizers that train.
+    seed : int
+        Of the order in training.
     """
 
     folded: Folded
     network: nn.Module
     masks: Mask
+    train: Batches | None = None
+    seed: int = 0
 
     def scores(self, by: By, images: Tensor, labels: Tensor) -> Scores:
         """Scores of the network as it is now.

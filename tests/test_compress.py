@@ -200,7 +200,7 @@ def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, referen
     "arguments, message",
     [
         ({"recipe": "lrp"}, "unknown recipe 'lrp'; known: .*lrp-paper"),
-        ({"recipe": "lrp-paper-finetuned"}, "fine-tunes: give it train="),
+        ({"recipe": "lrp-paper-finetuned"}, "trains: give it train="),
         ({"bits": 3, "ratio": 9}, "one budget, not bits and ratio"),
         ({"bits": 0}, "bits must be a positive number"),
         ({"bits": float("nan")}, "bits must be a positive number"),

@@ -8,15 +8,17 @@ storing it loses nothing. To add one, derive from :class:`Quantizer` and hand an
 """
 
 from .codes import KINDS, Codes
+from .ecqx import ECQx
 from .quantizer import Quantizer
 from .ratedistortion import RateDistortion, energy, rate_distortion, rd_step
 from .sequential import Sequential
 from .tiers import Tiers, score_tiers, tier_shares
+from .trained import Trained
 from .uniform import Uniform, uniform
 from .widths import LayerWidths, kmeans, layer_widths
 
 __all__ = [
-    "KINDS", "Codes", "LayerWidths", "Quantizer", "RateDistortion", "Sequential", "Tiers",
-    "Uniform", "energy", "kmeans", "layer_widths", "rate_distortion", "rd_step", "score_tiers",
-    "tier_shares", "uniform",
+    "ECQx", "KINDS", "Codes", "LayerWidths", "Quantizer", "RateDistortion", "Sequential", "Tiers",
+    "Trained", "Uniform", "energy", "kmeans", "layer_widths", "rate_distortion", "rd_step",
+    "score_tiers", "tier_shares", "uniform",
 ]  # fmt: skip

@@ -10,12 +10,16 @@ def code_lengths(symbols: Tensor, top: int) -> Tensor:
     return -(counts / counts.sum()).log2().float()
 
 
-def cheapest(target: Tensor, damage: Tensor, bits: Tensor) -> Tensor:
-    """Symbols of least damage · (target − s)² + bits, among the nearest, the next and zero."""
+def cheapest(target: Tensor, damage: Tensor, bits: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Symbols of least damage · (target − s)² + bits, among the nearest, the next and zero.
+
+    Where ``zero`` is given, it is a factor of what symbol zero costs.
+    """
     top = len(bits) // 2
     nearest = target.round().clamp_(-top, top)
     trials = torch.stack([nearest, nearest - nearest.sign(), torch.zeros_like(nearest)])
     cost = damage * (target - trials).square_() + bits[(trials + top).long()]
+    cost = cost if zero is None else torch.where(trials == 0, zero * cost, cost)
     return trials.gather(0, cost.argmin(0, keepdim=True)).squeeze(0)
 
 

@@ -1,7 +1,6 @@
 """What a quantizer is: how precisely to store the weights that are kept, with one knob."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -15,7 +14,7 @@ from .codes import Codes
 
 
 @dataclass(frozen=True)
-class Quantizer(ABC):
+class Quantizer:
     """From weights, and what they matter, to integer codes; derive from it to add one.
 
     Attributes
@@ -24,8 +23,11 @@ class Quantizer(ABC):
         Name of the field that trades size against accuracy.
     settings : sequence of float
         Values of the knob that a budget is searched over, largest file first.
+    trains : bool
+        Whether ``store`` needs training data, ``removed.train``.
     """
 
+    trains: ClassVar[bool] = False
     knob: ClassVar[str]
     settings: ClassVar[Sequence[float]]
 
@@ -55,11 +57,10 @@ class Quantizer(ABC):
         """
         return None
 
-    @abstractmethod
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any
     ) -> dict[str, Codes]:
-        """Quantize all weights of a network.
+        """Quantize all weights of a network; a quantizer defines this, or ``store``.
 
         Parameters
         ----------
@@ -73,6 +74,7 @@ class Quantizer(ABC):
         dict of str to Codes
             For the same names; removed weights decode to zero.
         """
+        raise NotImplementedError(f"{type(self).__name__} defines neither codes nor store")
 
     def store(
         self, removed: Removed, prepared: Any, images: Tensor

@@ -14,7 +14,7 @@ from lib.quantize import uniform
 
 from .data import DATASETS, kind, load
 from .networks import build
-from .training import augment_crop_flip, fit, multiplies_bfloat16, pick_device
+from .training import Passes, augment_crop_flip, fit, multiplies_bfloat16, pick_device
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ def schedule(dataset: str, model: str) -> Schedule:
         known = ", ".join(f"{d}/{m}" for d, m in SCHEDULES)
         raise ValueError(f"no training schedule for {dataset}/{model}; known: {known}")
     return SCHEDULES[key]
+
+
+def stream(dataset: str, model: str, images: Tensor, labels: Tensor, seed: int) -> Passes:
+    """Training data in batches, as the base network saw them: augmented where they were."""
+    how = SCHEDULES[kind(dataset), model]
+    augment = augment_crop_flip if how.augment else None
+    return Passes(images.to(pick_device()), labels, 128, augment, seed)
 
 
 def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = False) -> nn.Module:

@@ -21,6 +21,7 @@ from lib.masks import density
 from lib.quantize import Quantizer
 
 from . import digests
+from .bases import stream
 from .data import SPLITS, sample, split
 from .profiles import Case
 from .records import flat, provenance
@@ -69,13 +70,15 @@ def grouped(
 ) -> Iterator[tuple[Case, dict[Path, Recipe]]]:
     """Put runs together that share work: what is removed, and within it what is prepared.
 
-    Where nothing is removed and nothing trained, jobs are as many as can be.
+    Where nothing is removed and nothing trained, jobs are as many as can be; each run of a
+    quantizer that trains is its own job, since it shares next to nothing.
     """
     groups: dict[tuple, dict[Quantizer, dict[Path, Recipe]]] = {}
     for path, (case, variant) in missing.items():
         alike = without_knob(variant)
         idle = variant.remove is None and not variant.repair.finetune
-        key = (case, alike if idle else (alike.remove, alike.repair))
+        shared = alike if idle else (alike.remove, alike.repair)
+        key = (case, variant if variant.store.trains else shared)
         groups.setdefault(key, {}).setdefault(alike.store, {})[path] = variant
     for (case, _), stores in groups.items():
         yield case, {path: v for variants in stores.values() for path, v in variants.items()}
@@ -125,7 +128,10 @@ def execute(job: Job, network: bytes, splits: Splits | str) -> list[Result]:
     model = pickle.loads(network).to(device())
     references = sample(*splits["train"], job.per_class, job.case.seed)
     first, floats = job.variants[0], float_bytes(model)
-    removed = remove(model, *references, first, splits["train"], job.case.seed)
+    train = splits["train"]
+    if first.store.trains:
+        train = stream(job.case.dataset, job.case.model, *train, job.case.seed)
+    removed = remove(model, *references, first, train, job.case.seed)
     weights = sum(mask.numel() for mask in removed.masks.values())
     prepared, results = {}, []
     for variant in job.variants:

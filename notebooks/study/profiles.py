@@ -16,6 +16,8 @@ class Profile:
         Reference images of each class, from the training split.
     finetune : int
         Steps, for every recipe that fine-tunes.
+    training : int
+        Steps, for every quantizer that trains.
     knobs : dict of str to tuple of float
         For each quantizer (a value of ``records.STORES``), the settings of its knob that make a
         curve.
@@ -33,6 +35,7 @@ class Profile:
     networks: dict[str, dict[str, tuple[int, ...]]]
     per_class: int
     finetune: int
+    training: int
     knobs: dict[str, tuple[float, ...]]
     special: dict[str, dict[str, tuple[float, ...]]]
     kept: dict[str, tuple[float, ...]]
@@ -49,12 +52,15 @@ PROFILES = {
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
         finetune=50,
+        training=100,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
             "Sequential": (0.01, 0.03),
+            "Trained": (0.01, 0.03),
+            "ECQx": (1, 10),
         },
         special={},
         kept={"": (0.4, 0.15)},
@@ -66,12 +72,15 @@ PROFILES = {
         },
         per_class=50,
         finetune=300,
+        training=1000,  # three passes over CIFAR-10, two over MNIST
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
+            "Trained": _prices(range(6, 10)),
+            "ECQx": _prices(range(7, 11), 2),
         },
         special={
             "resnet20": {
@@ -80,6 +89,8 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
+                "Trained": _prices((5, 6, 7)),
+                "ECQx": _prices((6, 7, 8), 2),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
@@ -87,6 +98,8 @@ PROFILES = {
                 "layers": (2, 2.5, 3, 4),
                 "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
                 "Sequential": _prices((6, 7.5, 9, 10.5, 12), 8),
+                "Trained": _prices((6, 7, 8)),
+                "ECQx": _prices((12, 13, 14)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},

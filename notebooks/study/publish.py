@@ -15,7 +15,7 @@ from .records import cost, read_claims, write
 from .tables import NETWORK, text
 from .verdicts import FAILS, HOLDS, OPEN, TITLES, overview
 
-README = ROOT / "README.md"
+README, ARTIFACT = ROOT / "README.md", ROOT / "ARTIFACT.md"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -195,12 +195,32 @@ def cost_table(results: Path) -> str:
     return markdown(pd.DataFrame(columns))
 
 
+def expected_table(results: Path) -> str:
+    """By claim the notebook that tests it, and its verdicts in the quick profile and in this."""
+    counts: dict[tuple[str, str], dict[str, Counter]] = {}
+    profiles = list(dict.fromkeys(["quick", results.name]))
+    for profile in profiles:
+        for claim in read_claims(results.parent / profile):
+            if claim["id"] in TITLES:
+                row = counts.setdefault((claim["id"], claim["notebook"]), {})
+                row.setdefault(profile, Counter())[claim["verdict"]] += 1
+    lines = []
+    for (identifier, notebook), found in counts.items():
+        said = [
+            ", ".join(f"{n[v]} {v.removesuffix('s')}" for v in (HOLDS, OPEN, FAILS) if n[v])
+            for n in (found.get(profile, Counter()) for profile in profiles)
+        ]
+        lines.append([f"{identifier}: {TITLES[identifier]}", f"`{notebook}`", *said])
+    return markdown(pd.DataFrame(lines, columns=["claim", "notebook", *profiles]))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "verdicts": verdicts_table,
     "files": files_table,
     "cost": cost_table,
+    "expected": expected_table,
 }
-"""Of the README, by the word in their markers."""
+"""Of the README and the artifact appendix, by the word in their markers."""
 
 
 def filled(text: str, root: Path = ROOT) -> str:
@@ -229,5 +249,6 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 
 def update() -> None:
-    """Fill the README in place."""
-    write(README, filled(README.read_text()))
+    """Fill the README and the artifact appendix in place."""
+    for path in (README, ARTIFACT):
+        write(path, filled(path.read_text()))

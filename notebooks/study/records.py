@@ -17,7 +17,7 @@ import torch
 from lib import Recipe
 from lib.files import write_bytes
 from lib.prune import KeepFilters, KeepTop, NonPositive
-from lib.quantize import LayerWidths, RateDistortion, Sequential, Tiers, Uniform
+from lib.quantize import ECQx, LayerWidths, RateDistortion, Sequential, Tiers, Trained, Uniform
 
 from . import digests
 from .paths import ROOT
@@ -28,7 +28,7 @@ _PACKAGES = (
 RULES = {NonPositive: "nonpositive", KeepTop: "top", KeepFilters: "filters"}
 STORES = {
     Tiers: "tiers", Uniform: "uniform", LayerWidths: "layers", RateDistortion: "rate-distortion",
-    Sequential: "Sequential",
+    Sequential: "Sequential", Trained: "Trained", ECQx: "ECQx",
 }  # fmt: skip
 _FLAT = {
     "criterion": "lrp-epsilon", "pruning": "none", "density": 0.5, "scope": "global", "rounds": 1,

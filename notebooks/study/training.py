@@ -61,6 +61,43 @@ def _resumed(checkpoint: Path, device: torch.device) -> dict:
         raise ValueError(f"{checkpoint} is damaged: remove it to train from the start") from error
 
 
+class Passes:
+    """Training data as batches: going through them is one pass, in another order each time.
+
+    Parameters
+    ----------
+    images, labels : Tensor
+        float32 [N, C, H, W] and int64 [N], on one device or on two.
+    size : int
+        Images of a batch.
+    augment : callable, optional
+        (images, generator) -> images, applied to each batch.
+    seed : int
+        Of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        size: int,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+        seed: int,
+    ):
+        self.images, self.labels = images, labels.to(images.device)
+        self.size, self.augment, self.seed = size, augment, seed
+        self.epoch = 0  # the next one
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
+        self.epoch += 1
+        for index in batches(len(self.labels), self.size, generator):
+            index = index.to(self.images.device)
+            batch = self.images[index]
+            batch = batch if self.augment is None else self.augment(batch, generator)
+            yield batch, self.labels[index]
+
+
 def fit(
     model: nn.Module,
     images: Tensor,
@@ -125,8 +162,7 @@ def fit(
     """
     device = next(model.parameters()).device
     model.train().to(memory_format=torch.channels_last)
-    images = images.to(device)
-    labels = labels.to(device)
+    passes = Passes(images.to(device), labels, batch_size, augment, seed)
     steps = max(1, len(labels) // min(batch_size, len(labels)))
     optimiser = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
@@ -148,16 +184,11 @@ def fit(
         if mean is not None:
             mean.load_state_dict(state["mean"])
 
-    def passes(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
-        for index in batches(len(labels), batch_size, generator):
-            batch = images[index.to(device)]
-            batch = batch if augment is None else augment(batch, generator)
-            yield batch.contiguous(memory_format=torch.channels_last), labels[index.to(device)]
-
     bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
+    passes.epoch = first
     for epoch in range(first, epochs):
-        for batch, wanted in passes(epoch):
+        for batch, wanted in passes:
+            batch = batch.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = F.cross_entropy(model(batch).float(), wanted)
             optimiser.zero_grad()
@@ -185,6 +216,6 @@ def fit(
             write_bytes(checkpoint, state.getvalue())
     bar.close()
     if mean is not None:
-        update_bn((batch for batch, _ in passes(epochs)), mean)
+        update_bn((b.contiguous(memory_format=torch.channels_last) for b, _ in passes), mean)
         model.load_state_dict(mean.module.state_dict())
     return model.to(memory_format=torch.contiguous_format).eval()

@@ -191,7 +191,9 @@ def main(names: list[str]) -> int:
     def fault_done(what: tuple, code: int, folder: Path, seconds: float) -> None:
         fault, _ = what
         good, said = verdict(code, folder)
-        said = said.rpartition("/")[2] if good else said
+        if good:
+            path, _, check = said.partition("::")
+            said = f"{Path(path).name}::{check}"
         print(f"{seconds:4.0f} s  {fault['name']:52} {said}", flush=True)
         if not good:
             wrong.append(f"{fault['name']}: {said}")

@@ -2,7 +2,7 @@
 
 from lib import Recipe
 from lib.prune import KeepFilters, KeepTop, NonPositive
-from lib.quantize import LayerWidths, RateDistortion, Sequential, Tiers, Uniform
+from lib.quantize import ECQx, LayerWidths, RateDistortion, Sequential, Tiers, Trained, Uniform
 from lib.recipe import Repair
 
 
@@ -18,11 +18,14 @@ def recipe(fields: dict) -> Recipe:
     names = ("renormalise", "refit", "finetune", "optimiser")
     repair = Repair(**{name: fields[name] for name in names})
     by, bits = fields["precision"] or fields["criterion"], fields["bits"]
+    later = {k.removeprefix("store."): v for k, v in fields.items() if k.startswith("store.")}
     store = {
         "uniform": lambda: Uniform(bits),
         "tiers": lambda: Tiers(by, bits, tuple(fields["widths"])),
         "layers": lambda: LayerWidths(by, bits),
         "rate-distortion": lambda: RateDistortion(by, fields["lam"]),
         "Sequential": lambda: Sequential(by, fields["lam"]),
+        "Trained": lambda: Trained(by, fields["lam"], **later),
+        "ECQx": lambda: ECQx(price=fields["lam"], by=by, **later),
     }[fields["quantizer"]]()
     return Recipe(remove, repair, store)

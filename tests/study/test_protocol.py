@@ -59,6 +59,14 @@ def test_seeds_choose_images_order_and_initial_weights(execute, splits):
         assert execute(recipe, splits, seed=0)[1] != execute(recipe, splits, seed=1)[1]
 
 
+def test_seeds_choose_the_order_of_fine_tuning(execute, splits, monkeypatch):
+    original = jobs.sample
+    monkeypatch.setattr(jobs, "sample", lambda *data: original(*data[:-1], 0))  # the same images
+    files = {name: [execute(r, splits, seed)[1] for seed in (0, 1)] for name, r in RECIPES.items()}
+    assert files["relevance"][0] == files["relevance"][1]
+    assert files["fine-tuned"][0] != files["fine-tuned"][1]
+
+
 def test_as_many_reference_images_as_the_record_says(execute, splits, monkeypatch):
     seen, original = [], jobs.remove
     monkeypatch.setattr(jobs, "remove", lambda *a: seen.append(a[2]) or original(*a))

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import lib.files
 from lib import RECIPES
@@ -71,8 +72,9 @@ def written(folder):
             content = json.dumps({**json.loads(content), "provenance": None}).encode()
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                tensors = [(name, of_tensors([file.get_tensor(name)])) for name in file.keys()]
-                content = repr((tensors, sorted(file.metadata().items())))
+                remarks = sorted(file.metadata().items())
+            tensors = {name: of_tensors([tensor]) for name, tensor in load_file(path).items()}
+            content = repr((sorted(tensors.items()), remarks))
         if not path.name.startswith("."):
             found[path.relative_to(folder).as_posix()] = content
     return found

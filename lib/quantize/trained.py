@@ -1,0 +1,173 @@
+"""Quantization-aware training: codes assigned anew while the network trains."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..finetune import finetune
+from ..moments import input_moments
+from ..prune import Removed
+from .codes import Codes, check
+from .columns import cheapest, code_lengths
+from .quantizer import Quantizer
+from .ratedistortion import Problem
+from .sequential import Sequential
+
+EVERY = 4  # steps between assignments
+
+
+@dataclass
+class Grid:
+    """Where one tensor's weights are assigned to, and at what cost.
+
+    Attributes
+    ----------
+    step : float
+        Of the grid, representable in float16.
+    top : int
+        Largest symbol.
+    damage : Tensor
+        Cost of an error of one step, shaped like the weight or [1].
+    lam : float
+        Cost of a bit.
+    kept : Tensor
+        bool, shaped like the weight; the others are zero.
+    zero : Tensor, optional
+        Factor of the cost of symbol zero, shaped like the weight.
+    symbols : Tensor
+        Those assigned last, from whose distribution the next take their bits.
+    """
+
+    step: float
+    top: int
+    damage: Tensor
+    lam: float
+    kept: Tensor
+    zero: Tensor | None = None
+    symbols: Tensor = field(init=False)
+
+    def start(self, weight: Tensor) -> None:
+        """Round every weight to its nearest symbol."""
+        self.symbols = (weight / self.step).round().clamp(-self.top, self.top) * self.kept
+
+    def assign(self, weight: Tensor, share: float) -> None:
+        """Choose the symbols of least cost, a bit at this share of its cost."""
+        bits = share * self.lam * code_lengths(self.symbols, self.top)
+        self.symbols = cheapest(weight / self.step, self.damage, bits, self.zero) * self.kept
+
+
+@dataclass(frozen=True)
+class InTraining(Quantizer):
+    """What quantizers that train have in common; a subclass says how weights are assigned.
+
+    Attributes
+    ----------
+    steps : int
+        Of Adam, on ``lib.finetune.finetune``'s batches; a bit costs more and more over the first
+        half of them.
+    rate : float
+        Learning rate at the start, in steps of each layer's grid: so a weight takes at least
+        1 / rate steps to cross a cell, in networks of any scale.
+    """
+
+    trains: ClassVar[bool] = True
+    steps: int = 1000
+    rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        check(self.steps > 0, f"steps must be positive, not {self.steps}")
+        check(0 < self.rate < 1, f"rate must lie in (0, 1), not {self.rate}")
+
+    def start(
+        self, removed: Removed, prepared: Any, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
+        """A copy of the network, codes of weights that stay as they are, grids of all others."""
+        raise NotImplementedError
+
+    def refresh(self, network: nn.Module, grids: dict[str, Grid], prepared: Any) -> None:
+        """Look at the network as coded, every tenth of the steps; by default nothing changes."""
+
+    def store(
+        self, removed: Removed, prepared: Any, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes]]:
+        """Train with coded weights, gradients passed straight through; see ``Quantizer.store``."""
+        assert removed.train is not None
+        network, codes, grids = self.start(removed, prepared, images)
+        fixed = {name: network.get_parameter(name).detach().clone() for name in codes}
+        for name, grid in grids.items():
+            grid.start(network.get_parameter(name).detach())
+
+        def coded(step: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            if step % EVERY == 0 or step == self.steps:
+                for name, grid in grids.items():
+                    grid.assign(weights[name], min(1.0, 2 * step / self.steps))
+            return {name: grid.symbols * grid.step for name, grid in grids.items()} | fixed
+
+        # gradients need no more than the ten bits of TF32, where there is such a thing
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            finetune(
+                network, removed.masks, removed.train, steps=self.steps, lr=self.rate,
+                seed=removed.seed, coded=coded,
+                refresh=lambda: self.refresh(network, grids, prepared),
+                scales={name.removesuffix("weight"): grid.step for name, grid in grids.items()},
+            )  # fmt: skip
+        for name, grid in grids.items():
+            step = torch.tensor([grid.step], dtype=torch.float32)
+            codes[name] = Codes(grid.symbols.int(), step, "uniform")
+        return network, {name: codes[name] for name in removed.masks}
+
+
+@dataclass(frozen=True)
+class Trained(InTraining, Sequential):
+    """Rate-distortion inside quantization-aware training, from codes found layer after layer.
+
+    Each weight is assigned, again and again, to the code of least damage + price x bits; the loss
+    is computed with the codes, and its gradients move the weights behind them.
+
+    Notes
+    -----
+    For weight j of unit k, w_kj behind its code Δ s and p the distribution of the symbols before:
+
+        s_kj = argmin_s  G_k H_jj (w_kj − Δ s)² − λ log2 p(s)
+
+    with G, H, λ and Δ of ``Sequential``, H of the uncoded network. Errors are not compensated
+    any more: the gradients do that.
+
+    References
+    ----------
+    Wiedemann et al.: Entropy-Constrained Training of Deep Neural Networks, IJCNN 2019. Bengio et
+    al. 2013 (arXiv 1308.3432), section 4 (straight-through estimator).
+    """
+
+    def __post_init__(self) -> None:
+        InTraining.__post_init__(self)
+        Sequential.__post_init__(self)
+
+    def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
+        """What ``Sequential`` needs, and the moments of inputs in the uncoded network."""
+        moments = input_moments(removed.network, images, centered=True)
+        return replace(super().prepare(removed, images, labels), moments=moments)
+
+    def start(
+        self, removed: Removed, prepared: Problem, images: Tensor
+    ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
+        """The network coded layer after layer; layers it stores in eight bits stay so."""
+        network, codes = Sequential.store(self, removed, prepared, images)
+        grids = {}
+        for name in [name for name in codes if name in prepared.moments]:
+            weight, code = network.get_parameter(name), codes.pop(name)
+            diagonal = prepared.moments[name].diagonal(dim1=-2, dim2=-1)  # [groups, d] or [d]
+            energy = diagonal.reshape(-1, 1, weight[0].numel())
+            units = prepared.units[name].to(energy).reshape(len(energy), -1, 1)
+            step = float(code.grid)
+            grids[name] = Grid(
+                step,
+                math.ceil(1.5 * float(code.symbols.abs().max())) + 1,
+                (step**2 * units * energy).reshape(weight.shape).to(weight),
+                self.price * prepared.damage,
+                removed.masks[name].to(weight.device),
+            )
+        return network, codes, grids
