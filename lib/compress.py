@@ -21,6 +21,7 @@ from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
 from .inputs import Output, check_logits, check_model, check_samples, copied, probed, unwrapped
 from .prune import Removed
+from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
 from .search import Budget, most_accurate_within, smallest_that
@@ -143,7 +144,7 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
         for name, value in tensors_of(network).items()
     }
     biases = [name.removesuffix("weight") + "bias" for name in codes]
-    halves = {name: _half(state[name]) for name in biases if name in state}
+    halves = {name: halved(state[name]) for name in biases if name in state}
     owners = {id(network.get_parameter(name)): name for name in codes}
     tied = {
         name: codes[owners[id(p)]]
@@ -151,11 +152,6 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
         if id(p) in owners and name in state
     }
     return Compressed(folded.unfold(state | codes | tied | halves))
-
-
-def _half(values: Tensor) -> Tensor:
-    halved = values.half()
-    return halved if bool(halved.isfinite().all()) else values
 
 
 def compress(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moments import Layer, borrowed, energies, patches_of, second_moment, units_of
+from .moments import Layer, patches_of, second_moment, units_of
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -88,16 +88,12 @@ class Equations:
         return self.gram + moved + moved.mT + self.count[..., None] * shift @ shift.mT
 
     def moment(self) -> Tensor:
-        """Second moment of the inputs, float64 [groups, d, d]; see ``moments.second_moment``.
+        """Second moment of the inputs, float64 [groups, d, d]; the covariance if there is a bias.
 
-        The covariance where a bias takes the mean.
+        See ``moments.second_moment``.
         """
-        if self.layer.bias is None:
-            return second_moment(self.gram, self.images, centered=False)
-        plain, total = self.plain(), self.gram[:, :-1, -1:]
-        moment = self.gram[:, :-1, :-1] - total @ total.mT / self.gram[:, -1:, -1:]
-        share = borrowed(*energies(plain), self.images)
-        return (moment + share * plain[:, :-1, :-1]) / self.images
+        centered = self.layer.bias is not None
+        return second_moment(self.gram, self.images, centered=centered, plain=self.plain())
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
