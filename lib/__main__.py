@@ -23,17 +23,9 @@ then remarks and totals. The exit status is 0 whether the files differ or not.""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, by default with the arguments of the process.
 
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments; those of the process where there are none.
-
-    Returns
-    -------
-    int
-        Exit status: 0, or 1 after one sentence on stderr about a file that cannot be read.
+    Exit status: 0, or 1 after one sentence on stderr about a file that cannot be read.
     """
     parser = argparse.ArgumentParser("xai-compression", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -20,19 +20,9 @@ Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the indices of one epoch in random order, whole batches only.
+    """Yield the indices, int64 [size], of one epoch over n images: whole batches in random order.
 
-    Parameters
-    ----------
-    n, size : int
-        Images, and images of a batch (all of them where fewer are there).
-    generator : torch.Generator
-        Of the order.
-
-    Yields
-    ------
-    Tensor
-        int64 [size].
+    Where fewer images than `size` are there, a batch has all of them.
     """
     size = min(size, n)
     order = torch.randperm(n, generator=generator)
@@ -58,16 +48,9 @@ def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[tuple[Tensor
 
 
 def finetune(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    data: Batches,
-    *,
-    steps: int,
-    optimiser: str = "adam",
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    seed: int = 0,
-) -> nn.Module:
+    model: nn.Module, masks: Mapping[str, Tensor], data: Batches, *, steps: int,
+    optimiser: str = "adam", lr: float = 1e-3, batch_size: int = 128, seed: int = 0,
+) -> nn.Module:  # fmt: skip
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
     Parameters
@@ -90,11 +73,6 @@ def finetune(
         Images of a step, where ``data`` are tensors.
     seed : int
         Of the order, likewise.
-
-    Returns
-    -------
-    nn.Module
-        The same model.
 
     Raises
     ------
@@ -155,21 +133,9 @@ def accuracy(model: nn.Module, data: Batches) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 100) -> float:
-    """Accuracy of a network.
+    """Accuracy in percent: share of images [N, ...] whose largest output is their label's [N].
 
-    Parameters
-    ----------
-    model : nn.Module
-        Evaluated in evaluation mode; its mode is put back.
-    images, labels : Tensor
-        float32 [N, C, H, W] and int64 [N].
-    batch_size : int
-        Images of a forward pass.
-
-    Returns
-    -------
-    float
-        Share of images whose largest output is their label's, in percent.
+    The model runs in evaluation mode on `batch_size` images at a time; its mode is put back.
     """
     if len(labels) == 0:
         raise ValueError("no images to evaluate on")

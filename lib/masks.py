@@ -6,12 +6,11 @@ earlier weight (in the order of the names, then row-major) ranks higher.
 """
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .score import Scores
+from .score import Scores, pooled, unpooled
 
 Mask = dict[str, Tensor]
 
@@ -48,11 +47,11 @@ def nonpositive(scores: Scores, fraction: float = 1.0, *, mask: Mask | None = No
     """
     scores, fraction = _checked(scores), check_share("fraction", fraction)
     before = intersect(_everything(scores), mask or {})
-    flat, kept = _flat(scores), _flat({name: before[name] for name in scores})
+    flat, kept = pooled(scores), pooled({name: before[name] for name in scores})
     candidates = ((flat <= 0) & kept).nonzero().squeeze(1)
     nearest = _top(flat[candidates], round(fraction * len(candidates)))
     kept[candidates[nearest]] = False
-    return intersect(before, _unflat(kept, scores))
+    return intersect(before, unpooled(kept, scores))
 
 
 def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
@@ -80,9 +79,9 @@ def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
     scores, fraction = _checked(scores), check_share("fraction", fraction)
     if check_scope(scope) == "layer":
         return {name: _best(score, fraction) for name, score in scores.items()}
-    flat, kept = _flat(scores), _flat({name: _best(score, 0) for name, score in scores.items()})
+    flat, kept = pooled(scores), pooled({name: _best(score, 0) for name, score in scores.items()})
     kept[~kept] = _top(flat[~kept], round(fraction * len(flat)) - int(kept.sum()))
-    return _unflat(kept, scores)
+    return unpooled(kept, scores)
 
 
 def filters(scores: Scores, fraction: float) -> Mask:
@@ -173,15 +172,6 @@ def _top(flat: Tensor, count: int) -> Tensor:
 
 def _everything(scores: Scores) -> Mask:
     return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-
-
-def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def _unflat(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([tensor.numel() for tensor in like.values()])
-    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 
 def _checked(scores: Scores) -> Scores:
