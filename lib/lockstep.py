@@ -83,7 +83,8 @@ class _Probe(TorchFunctionMode):
         same = bool(args) and result is args[0]
         if name != "__get__" and (in_place or not same):  # dropout returns what it was given
             self.readers.update(read)
-        if read and name in SUMS and not kwargs and _same_shape(args):
+        sums = read and name in SUMS and not kwargs
+        if sums and [t.shape for t in tensors(args)] == [result.shape] * 2:
             self.sums.append(read)
         if same and in_place:
             self.names.pop(id(result), None)  # no longer what the layer gave
@@ -111,7 +112,7 @@ def change_in_order(
     names = names & set(route.layers)
     network.eval()
     with _Dense(dense, images, names, route.branch_ends).started() as targets:
-        run = _Changing(network, names, route.branch_ends, targets, change)
+        run = _Changing(route.branch_ends, targets, change)
         with torch.no_grad(), hooked(network, names, run.layer), run:
             network(ready(images, network))
 
@@ -149,10 +150,7 @@ class _Watch(TorchFunctionMode):
 class _Changing(_Watch):
     """The second network's pass."""
 
-    def __init__(
-        self, network: nn.Module, names: set[str], branch_ends: set[str],
-        targets: Iterator[Tensor], change: Change,
-    ):  # fmt: skip
+    def __init__(self, branch_ends: set[str], targets: Iterator[Tensor], change: Change):
         super().__init__(branch_ends)
         self.targets, self.change = targets, change
 
@@ -226,8 +224,3 @@ class _Dense(_Watch):
 
 class _Stopped(Exception):
     """Ends a pass that nobody waits for any more."""
-
-
-def _same_shape(args: tuple) -> bool:
-    shapes = [t.shape for t in tensors(args)]
-    return len(shapes) == 2 and shapes[0] == shapes[1]

@@ -2,7 +2,8 @@
 
 Scores are ``dict[str, Tensor]`` keyed by the weight's name; a mask has the same names and shapes,
 dtype bool, True = kept. All counts are exact, and ties are broken by position: of equal scores the
-earlier weight (in the order of the names, then row-major) ranks higher.
+earlier weight (in the order of the names, then row-major) ranks higher. What makes masks raises
+ValueError if there are no scores, one holds NaN, a share is outside [0, 1] or a mask misfits.
 """
 
 import copy
@@ -18,21 +19,9 @@ Mask = dict[str, Tensor]
 def nonpositive(scores: Scores, fraction: float = 1.0, *, mask: Mask | None = None) -> Mask:
     """Remove every weight whose score is zero or negative, or those of them nearest zero.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-    fraction : float
-        Share of the non-positive weights to remove, in [0, 1]: ``round(fraction · n)`` of n, the
-        nearest to zero over all layers at once.
-    mask : dict of Tensor, optional
-        bool; weights removed in earlier rounds. They stay removed and do not count: their score
-        is zero because the weight is, not because it was found unimportant.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or a mask misfits.
+    Of n such weights ``round(fraction · n)`` go, the nearest to zero over all layers at once. What
+    `mask` removed in earlier rounds stays removed and does not count: its score is zero because
+    the weight is, not because it was found unimportant.
 
     Notes
     -----
@@ -57,24 +46,9 @@ def nonpositive(scores: Scores, fraction: float = 1.0, *, mask: Mask | None = No
 def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
     """Keep the given fraction of the weights, highest scores first.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-    fraction : float
-        Share of the weights to keep, in [0, 1]: ``round(fraction · n)`` of the n ranked together.
-    scope : {"global", "layer"}
-        Rank all layers' weights against each other, or each layer's among themselves.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
-
-    Notes
-    -----
-    Every layer keeps at least its best weight, because a layer without weights disconnects the
-    network; so no fewer weights are kept than there are layers.
+    ``round(fraction · n)`` of the n that are ranked together: with the scope "global" those of all
+    layers, with "layer" each layer's among themselves. Every layer keeps at least its best weight,
+    because a layer without weights disconnects the network.
     """
     scores, fraction = _checked(scores), check_share("fraction", fraction)
     if check_scope(scope) == "layer":
@@ -85,20 +59,10 @@ def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
 
 
 def filters(scores: Scores, fraction: float) -> Mask:
-    """Keep a fraction of each convolution's filters (output channels), highest sums first.
+    """Keep a fraction of each convolution's filters, highest sums of scores first.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight; those of convolutions are
-        [out channels, in channels per group, *kernel]. All others' weights are kept.
-    fraction : float
-        Share to keep, in [0, 1]; at least one filter in each layer.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN or the fraction is outside [0, 1].
+    Filters are the rows of weights [out channels, in channels per group, *kernel]; at least one
+    stays in each layer. The weights of all other layers are kept.
 
     References
     ----------

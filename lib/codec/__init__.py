@@ -163,13 +163,11 @@ class Compressed(Mapping[str, Entry]):
         A row for each quantized weight and ``(rest)`` for all other entries and the header; the
         bytes add up to the file's size. Weights stored under several names count once.
         """
-        layers = [name for name in self._payloads if isinstance(self[name], Codes)]
-        rest = [name for name in self._payloads if not isinstance(self[name], Codes)]
-        sizes = {name: len(self._payloads[name]) for name in layers}
-        total = self.nbytes
-        groups = [(name, [name], sizes[name]) for name in layers]
+        sizes = {n: len(p) for n, p in self._payloads.items() if isinstance(self[n], Codes)}
+        rest = [name for name in self._payloads if name not in sizes]
+        total, rows = self.nbytes, Summary()
+        groups = [(name, [name], size) for name, size in sizes.items()]
         groups.append(("(rest)", rest, total - sum(sizes.values())))
-        rows = Summary()
         for label, names, size in groups:
             weights = sum(math.prod(shape_of(self[name])) for name in names)
             kept = sum(_kept(self[name]) for name in names)

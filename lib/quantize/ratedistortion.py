@@ -92,14 +92,9 @@ def energy(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None = N
 
 
 def rate_distortion(
-    weight: Tensor,
-    *,
-    second_moment: Tensor,
-    unit_weight: Tensor | None = None,
-    step: float | None = None,
-    lam: float,
-    mask: Tensor | None = None,
-) -> Codes:
+    weight: Tensor, *, second_moment: Tensor, unit_weight: Tensor | None = None, lam: float,
+    step: float | None = None, mask: Tensor | None = None,
+) -> Codes:  # fmt: skip
     """Choose codes that trade the damage at the layer's output against the bits they take.
 
     Parameters
@@ -122,11 +117,6 @@ def rate_distortion(
     mask : Tensor, optional
         bool, shaped like the weight, True = kept; the others decode to zero, and what that costs
         is compensated as well.
-
-    Returns
-    -------
-    Codes
-        Of kind "uniform".
 
     Raises
     ------

@@ -59,28 +59,15 @@ class Tiers(Quantizer):
 
 
 def tier_shares(
-    scores: dict[str, Tensor],
-    masks: dict[str, Tensor],
-    widths: tuple[int, ...],
-    mean_bits: float,
+    scores: dict[str, Tensor], masks: dict[str, Tensor], widths: tuple[int, ...], mean_bits: float
 ) -> dict[str, list[float]]:
     """Share out tiers of bits by one ranking of all kept weights of a network.
 
-    Parameters
-    ----------
-    scores, masks : dict of str to Tensor
-        Scores, and bool masks of the weights to share among (True = kept).
-    widths : tuple of int
-        Bits of the tiers, ascending, the first 0: only removed weights are there.
-    mean_bits : float
-        Mean width of the kept weights; clipped to the range of the other widths.
-
-    Returns
-    -------
-    dict of str to list of float
-        For each tensor, the share of its kept weights in each tier, lowest scores first. Of all
-        shares with the given mean these are the flattest (maximum entropy), ``p_t ~ exp(theta
-        width_t)``, so that one number says how many bits a network gets.
+    Widths ascend from 0, where only removed weights are; the mean width of the kept ones is
+    clipped to the range of the others. Returned is, for each tensor, the share of its kept weights
+    in each tier, lowest scores first. Of all shares with the given mean over the network these are
+    the flattest (maximum entropy), ``p_t ~ exp(theta * width_t)``, so that one number says how
+    many bits it gets.
     """
     usable = np.array(widths[1:], dtype=float)
 
@@ -102,31 +89,17 @@ def tier_shares(
 
 
 def score_tiers(
-    weight: Tensor,
-    scores: Tensor,
-    *,
-    widths: Sequence[int] = (0, 2, 4, 8),
-    shares: Sequence[float] | None = None,
-    mask: Tensor | None = None,
-) -> Codes:
+    weight: Tensor, scores: Tensor, *, widths: Sequence[int] = (0, 2, 4, 8),
+    shares: Sequence[float] | None = None, mask: Tensor | None = None,
+) -> Codes:  # fmt: skip
     """Quantize weights with higher scores to more bits: k tiers by rank of score.
 
-    Parameters
-    ----------
-    weight, scores : Tensor
-        Float weights, and real scores of the same shape.
-    widths : sequence of int
-        Bits of each tier, ascending, 0 to 8; see :func:`uniform`. Width 0 removes the weight.
-    shares : sequence of float, optional
-        Share of the kept weights in each tier, lowest scores first, summing to one; equal shares
-        by default. Shares counted from a ranking of all layers give tiers of the whole network.
-    mask : Tensor, optional
-        bool, shaped like the weight, True = kept; the others are put in tier 0 as zeros.
-
-    Raises
-    ------
-    ValueError
-        If an input is not finite, shapes differ, widths or shares are unusable.
+    Weights, float, real scores and the bool mask, True = kept, are shaped alike. Widths are the
+    bits of each tier, ascending, 0 to 8, see :func:`uniform`; 0 removes a weight, and those that
+    the mask removes are zeros of the first tier. Shares are those of the kept weights in each
+    tier, lowest scores first, summing to one, equal by default; counted from a ranking of all
+    layers they give tiers of the whole network. ValueError if an input is not finite, shapes
+    differ, widths or shares are unusable.
 
     Notes
     -----

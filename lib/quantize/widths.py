@@ -56,27 +56,10 @@ class LayerWidths(Quantizer):
 
 
 def kmeans(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:
-    """Share weights: a codebook by k-means.
+    """Share weights: a codebook of at most 2^bits values besides zero, 1 to 8 bits, by k-means.
 
-    Parameters
-    ----------
-    weight : Tensor
-        Float weights of any shape.
-    bits : int
-        Width, 1 to 8: at most 2^bits values besides zero.
-    mask : Tensor, optional
-        bool, shaped like the weight, True = kept; the others decode to zero.
-
-    Returns
-    -------
-    Codes
-        Of kind "codebook"; the values ascend after the zero in front. Kept weights go to the
-        nearest value, which may be the zero.
-
-    Raises
-    ------
-    ValueError
-        If the weight is not finite, the mask does not fit or the width is outside [1, 8].
+    Arguments and errors as of :func:`uniform`. The values ascend after the zero in front; kept
+    weights go to the nearest value, which may be the zero.
 
     Notes
     -----
@@ -103,29 +86,15 @@ def kmeans(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:
 
 
 def layer_widths(
-    importance: dict[str, float],
-    numel: dict[str, int],
-    mean_bits: float,
+    importance: dict[str, float], numel: dict[str, int], mean_bits: float,
     choices: Sequence[int] = (2, 3, 4, 5, 6, 8),
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Choose one integer width for each layer by importance, Σ widths·numel ≤ mean_bits·Σ numel.
 
-    Parameters
-    ----------
-    importance : dict of float
-        Non-negative, what a squared error of one of the layer's weights costs.
-    numel : dict of int
-        Number of weights of the same layers.
-    mean_bits : float
-        Most bits a weight on average over the network.
-    choices : sequence of int
-        Permitted widths.
-
-    Raises
-    ------
-    ValueError
-        If the names differ, an importance is negative or not finite, or even the least widths
-        exceed the mean.
+    The importance, non-negative, is what a squared error of one of the layer's weights costs,
+    ``numel`` the number of its weights, ``choices`` are the permitted widths. ValueError if the
+    names differ, an importance is negative or not finite, or even the least widths exceed the
+    mean.
 
     Notes
     -----
