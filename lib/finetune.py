@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ OPTIMISERS = {
 }
 """Optimisers of fine-tuning, with the factor of their learning rate and their settings."""
 
-Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Batches = Pair | Iterable[Pair]
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -30,21 +32,24 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[Pair]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        empty = True
-        if isinstance(data, (tuple, list)) and _is_pair(data):
-            images, labels = data
-            for index in batches(len(labels), batch_size, generator):
-                empty = False
-                yield images[index], labels[index]
-        else:
-            for images, labels in data:
-                empty = False
-                yield images, labels
-        if empty:
+        batch = None
+        for batch in _epoch(data, batch_size, generator):
+            yield batch
+        if batch is None:
             raise ValueError("the training data hold no batch")
+
+
+def _epoch(data: Batches, size: int, generator: torch.Generator) -> Iterator[Pair]:
+    if _is_pair(data):
+        images, labels = data
+        for index in batches(len(labels), size, generator):
+            yield images[index], labels[index]
+    else:
+        for images, labels in data:
+            yield images, labels
 
 
 def finetune(
@@ -115,15 +120,14 @@ def check_batches(name: str, data: Batches | None) -> None:
         )
 
 
-def _is_pair(data: Batches) -> bool:
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        return False
-    return all(isinstance(part, Tensor) for part in data)
+def _is_pair(data: Batches) -> TypeGuard[Pair]:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    return pair and all(isinstance(part, Tensor) for part in data)
 
 
 def accuracy(model: nn.Module, data: Batches) -> float:
     """Accuracy in percent on images and labels, or on batches of them."""
-    if isinstance(data, (tuple, list)) and _is_pair(data):
+    if _is_pair(data):
         return evaluate(model, *data)
     found = [(evaluate(model, images, labels), len(labels)) for images, labels in data]
     if not found:
