@@ -185,7 +185,7 @@ def test_many_alphabets_are_refused_before_they_are_listed():
 def test_many_tied_entries_load_in_no_time():
     weight = torch.ones(3)
     tied = Compressed({f"{i}": weight for i in range(30_000)})
-    started = time.perf_counter()
+    started = time.process_time()
     loaded = Compressed.from_bytes(tied.to_bytes())
-    assert time.perf_counter() - started < 1.5 and len(loaded) == 30_000
+    assert time.process_time() - started < 1.5 and len(loaded) == 30_000
     assert loaded["29999"] is loaded["0"]
