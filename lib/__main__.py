@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .codec import Compressed, CompressedFileError
-from .codec.container import Entry, shape_of
+from .codec.container import Entry, decode, shape_of
 from .codec.summary import aligned
 from .quantize import Codes
 
@@ -23,17 +23,9 @@ then remarks and totals. The exit status is 0 whether the files differ or not.""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, by default with the arguments of the process.
 
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments; those of the process where there are none.
-
-    Returns
-    -------
-    int
-        Exit status: 0, or 1 after one sentence on stderr about a file that cannot be read.
+    Exit status: 0, or 1 after one sentence on stderr about a file that cannot be read.
     """
     parser = argparse.ArgumentParser("xai-compression", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -102,7 +94,7 @@ def _differences(one: Entry | None, two: Entry | None) -> tuple[str, str, str]:
     symbols = 0
     if isinstance(one, Codes) and isinstance(two, Codes):
         symbols = int((one.symbols != two.symbols).sum())
-    a, b = (_wide(entry if isinstance(entry, Tensor) else entry.decode()) for entry in (one, two))
+    a, b = (_wide(decode(entry)) for entry in (one, two))
     apart = (a != b) & ~(a.isnan() & b.isnan())
     largest = f"{float((a - b)[apart].abs().max()):.3g}" if apart.any() else ""
     return _count(symbols), _count(int(apart.sum())), largest

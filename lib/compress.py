@@ -21,6 +21,7 @@ from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
 from .inputs import Output, check_logits, check_model, check_samples, copied, probed, unwrapped
 from .prune import Removed
+from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
 from .search import Budget, most_accurate_within, smallest_that
@@ -28,49 +29,20 @@ from .search import Budget, most_accurate_within, smallest_that
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network pruned and repaired, with all that its encoding needs.
+    """A network pruned and repaired, with all that its encoding needs."""
 
-    Attributes
-    ----------
-    removed : Removed
-        The network and its masks.
-    details : object
-        What the recipe's quantizer computed beforehand.
-    images : Tensor
-        The reference images.
-    """
-
-    removed: Removed
-    details: Any
-    images: Tensor
+    removed: Removed  # the network and its masks
+    details: Any  # what the recipe's quantizer computed beforehand
+    images: Tensor  # the reference images
 
 
 def remove(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    train: Batches | None = None,
-    seed: int = 0,
-) -> Removed:
-    """Score and prune a network, repair and fine-tune what is left.
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe,
+    train: Batches | None = None, seed: int = 0,
+) -> Removed:  # fmt: skip
+    """Score and prune a network, repair and fine-tune what is left, in a copy.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Not changed.
-    images, labels : Tensor
-        Reference images [N, ...] and int64 labels [N], from the training split.
-    recipe : Recipe
-        Its ``remove`` and ``repair``; how weights are stored does not matter here.
-    train : tuple of Tensor, or iterable of batches, optional
-        Training data, for recipes that fine-tune.
-    seed : int
-        Of the order in fine-tuning.
-
-    Returns
-    -------
-    Removed
+    Arguments as of ``compress``; how the recipe stores weights does not matter here.
 
     Raises
     ------
@@ -102,37 +74,14 @@ def remove(
 
 
 def prepare(removed: Removed, images: Tensor, labels: Tensor, recipe: Recipe) -> Prepared:
-    """Compute all that the quantizer needs and that does not depend on the file's size.
-
-    Parameters
-    ----------
-    removed : Removed
-        Of ``remove``.
-    images, labels : Tensor
-        The reference images and labels.
-    recipe : Recipe
-        Its ``store``, wherever its knob stands.
-
-    Returns
-    -------
-    Prepared
-    """
+    """All that the recipe's quantizer needs, wherever its knob stands."""
     return Prepared(removed, recipe.store.prepare(removed, images, labels), images)
 
 
 def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
-    """Quantize a prepared network, correct its biases, and unfold BatchNorm.
+    """Quantize a network, correct its biases, and unfold BatchNorm.
 
-    Parameters
-    ----------
-    prepared : Prepared
-        Of a recipe that differs at most in its quantizer's knob.
-    recipe : Recipe
-        Its ``store``.
-
-    Returns
-    -------
-    Compressed
+    It was prepared by a recipe that differs at most in its quantizer's knob.
     """
     network, codes = recipe.store.store(prepared.removed, prepared.details, prepared.images)
     folded = prepared.removed.folded
@@ -143,7 +92,7 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
         for name, value in tensors_of(network).items()
     }
     biases = [name.removesuffix("weight") + "bias" for name in codes]
-    halves = {name: _half(state[name]) for name in biases if name in state}
+    halves = {name: halved(state[name]) for name in biases if name in state}
     owners = {id(network.get_parameter(name)): name for name in codes}
     tied = {
         name: codes[owners[id(p)]]
@@ -151,11 +100,6 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
         if id(p) in owners and name in state
     }
     return Compressed(folded.unfold(state | codes | tied | halves))
-
-
-def _half(values: Tensor) -> Tensor:
-    halved = values.half()
-    return halved if bool(halved.isfinite().all()) else values
 
 
 def compress(
@@ -242,11 +186,7 @@ def compress(
 
 
 def _search(
-    model: nn.Module,
-    prepared: Prepared,
-    recipe: Recipe,
-    budget: Budget,
-    val: Batches | None,
+    model: nn.Module, prepared: Prepared, recipe: Recipe, budget: Budget, val: Batches | None
 ) -> Compressed:
     tried: list[float] = []
 

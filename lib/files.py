@@ -9,17 +9,8 @@ from pathlib import Path
 def write_bytes(path: Path, data: bytes) -> None:
     """Write under another name and rename: on any error an older file stays as it was.
 
-    Parameters
-    ----------
-    path : Path
-        Where to; its folder must exist.
-    data : bytes
-        The content.
-
-    Raises
-    ------
-    OSError
-        As raised by the system, a full disk among them; nothing half-written stays.
+    The folder must exist. OSError as the system raises it, for a full disk say; nothing
+    half-written stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +17,14 @@ OPTIMISERS = {
 }
 """Optimisers of fine-tuning, with the factor of their learning rate and their settings."""
 
-Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Batches = Pair | Iterable[Pair]
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the indices of one epoch in random order, whole batches only.
+    """Yield the indices, int64 [size], of one epoch over n images: whole batches in random order.
 
-    Parameters
-    ----------
-    n, size : int
-        Images, and images of a batch (all of them where fewer are there).
-    generator : torch.Generator
-        Of the order.
-
-    Yields
-    ------
-    Tensor
-        int64 [size].
+    Where fewer images than `size` are there, a batch has all of them.
     """
     size = min(size, n)
     order = torch.randperm(n, generator=generator)
@@ -40,37 +32,32 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[Pair]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        empty = True
-        if isinstance(data, (tuple, list)) and _is_pair(data):
-            images, labels = data
-            for index in batches(len(labels), batch_size, generator):
-                empty = False
-                yield images[index], labels[index]
-        else:
-            for images, labels in data:
-                empty = False
-                yield images, labels
-        if empty:
+        batch = None
+        for batch in _epoch(data, batch_size, generator):
+            yield batch
+        if batch is None:
             raise ValueError("the training data hold no batch")
 
 
+def _epoch(data: Batches, size: int, generator: torch.Generator) -> Iterator[Pair]:
+    if _is_pair(data):
+        images, labels = data
+        for index in batches(len(labels), size, generator):
+            yield images[index], labels[index]
+    else:
+        for images, labels in data:
+            yield images, labels
+
+
 def finetune(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    data: Batches,
-    *,
-    steps: int,
-    optimiser: str = "adam",
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    seed: int = 0,
+    model: nn.Module, masks: Mapping[str, Tensor], data: Batches, *, steps: int,
+    optimiser: str = "adam", lr: float = 1e-3, batch_size: int = 128, seed: int = 0,
     coded: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
-    refresh: Callable[[], None] | None = None,
-    scales: Mapping[str, float] | None = None,
-) -> nn.Module:
+    refresh: Callable[[], None] | None = None, scales: Mapping[str, float] | None = None,
+) -> nn.Module:  # fmt: skip
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
     Parameters
@@ -100,11 +87,6 @@ def finetune(
         With ``coded``: called at every tenth of the steps, while the network holds coded weights.
     scales : mapping of str to float, optional
         Factors of the learning rate, by what the names of the parameters begin with.
-
-    Returns
-    -------
-    nn.Module
-        The same model.
 
     Raises
     ------
@@ -174,15 +156,14 @@ def check_batches(name: str, data: Batches | None) -> None:
         )
 
 
-def _is_pair(data: Batches) -> bool:
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        return False
-    return all(isinstance(part, Tensor) for part in data)
+def _is_pair(data: Batches) -> TypeGuard[Pair]:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    return pair and all(isinstance(part, Tensor) for part in data)
 
 
 def accuracy(model: nn.Module, data: Batches) -> float:
     """Accuracy in percent on images and labels, or on batches of them."""
-    if isinstance(data, (tuple, list)) and _is_pair(data):
+    if _is_pair(data):
         return evaluate(model, *data)
     found = [(evaluate(model, images, labels), len(labels)) for images, labels in data]
     if not found:
@@ -192,21 +173,9 @@ def accuracy(model: nn.Module, data: Batches) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 100) -> float:
-    """Accuracy of a network.
+    """Accuracy in percent: share of images [N, ...] whose largest output is their label's [N].
 
-    Parameters
-    ----------
-    model : nn.Module
-        Evaluated in evaluation mode; its mode is put back.
-    images, labels : Tensor
-        float32 [N, C, H, W] and int64 [N].
-    batch_size : int
-        Images of a forward pass.
-
-    Returns
-    -------
-    float
-        Share of images whose largest output is their label's, in percent.
+    The model runs in evaluation mode on `batch_size` images at a time; its mode is put back.
     """
     if len(labels) == 0:
         raise ValueError("no images to evaluate on")

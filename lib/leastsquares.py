@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moments import Layer, borrowed, energies, patches_of, second_moment, units_of
+from .moments import Layer, patches_of, second_moment, units_of
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -14,19 +14,9 @@ LARGE = 200  # inputs from which conjugate gradients run in float32 and stop ear
 class Equations:
     """Normal equations of one layer: what it reads, and what its outputs miss.
 
-    Attributes
-    ----------
-    layer : nn.Module
-        Linear, Conv1d or Conv2d; D = inputs of a unit + 1, the last of them a one for the bias.
-    gram : Tensor
-        float64 [groups, D, D], summed over images and positions.
-    missing : Tensor
-        float64 [groups, rows, D], (wanted - output) times the patches.
-    images : int
-        How many were seen.
-    shift : Tensor
-        float32 [groups, d, 1], subtracted from all patches: zeros, or with ``centre`` their mean in
-        the first images, so that inputs that hardly vary leave no rounding of either sign.
+    A unit has D = d + 1 inputs, the last of them a one for the bias. With ``centre`` the mean of
+    the first images' patches is subtracted from all, so that inputs that hardly vary leave no
+    rounding of either sign.
     """
 
     def __init__(self, layer: Layer, centre: bool = False):
@@ -34,10 +24,10 @@ class Equations:
         groups = getattr(layer, "groups", 1)
         rows = len(layer.weight) // groups
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
-        self.layer, self.images = layer, 0
-        self.gram, self.missing = zeros(groups, width, width), zeros(groups, rows, width)
-        self.shift = layer.weight.new_zeros(groups, width - 1, 1)
-        self.centre = centre
+        self.layer, self.centre, self.images = layer, centre, 0
+        self.gram = zeros(groups, width, width)  # summed over images and positions
+        self.missing = zeros(groups, rows, width)  # (wanted - output) times the patches
+        self.shift = layer.weight.new_zeros(groups, width - 1, 1)  # what was subtracted
 
     def add(self, inputs: Tensor, missing: Tensor, batch_size: int = 50) -> None:
         """See more images: the layer's inputs, and what is missing in its outputs.
@@ -55,14 +45,9 @@ class Equations:
             self.images += len(some)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
-        """Solve for the layer's kept weights and its bias, in place.
+        """Solve for the layer's kept weights (mask: True) and its bias, in place.
 
-        Parameters
-        ----------
-        mask : Tensor
-            bool, shaped like the weight, True = kept; the others do not change.
-        ridge : float
-            Positive; ties the weights to the present ones, relative to the mean diagonal.
+        The ridge, positive and relative to the mean diagonal, ties weights to the present ones.
         """
         layer, gram, missing = self.layer, self.gram.clone(), self.missing
         groups, rows, columns = missing.shape
@@ -88,16 +73,12 @@ class Equations:
         return self.gram + moved + moved.mT + self.count[..., None] * shift @ shift.mT
 
     def moment(self) -> Tensor:
-        """Second moment of the inputs, float64 [groups, d, d]; see ``moments.second_moment``.
+        """Second moment of the inputs, float64 [groups, d, d]; the covariance if there is a bias.
 
-        The covariance where a bias takes the mean.
+        See ``moments.second_moment``.
         """
-        if self.layer.bias is None:
-            return second_moment(self.gram, self.images, centered=False)
-        plain, total = self.plain(), self.gram[:, :-1, -1:]
-        moment = self.gram[:, :-1, :-1] - total @ total.mT / self.gram[:, -1:, -1:]
-        share = borrowed(*energies(plain), self.images)
-        return (moment + share * plain[:, :-1, :-1]) / self.images
+        centered = self.layer.bias is not None
+        return second_moment(self.gram, self.images, centered=centered, plain=self.plain())
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,36 +34,23 @@ Change = Callable[[str, Layer, Tensor, Tensor, Tensor], None]
 
 @dataclass
 class Plan:
-    """How a forward pass goes.
+    """How a forward pass goes."""
 
-    Attributes
-    ----------
-    layers : list of str
-        Paths of the layers that are called exactly once, in the order of the calls.
-    branch_ends : set of str
-        Those whose output is a term of a sum and read by nothing else.
-    """
-
-    layers: list[str] = field(default_factory=list)
-    branch_ends: set[str] = field(default_factory=set)
+    layers: list[str]  # paths of those that are called exactly once, in the order of the calls
+    branch_ends: set[str]  # those whose output is a term of a sum and read by nothing else
 
 
 def plan(model: nn.Module, images: Tensor) -> Plan:
     """Find the layers of a network in the order of its forward pass, and where branches end.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode; run once.
-    images : Tensor
-        A few images [N, ...].
+    In evaluation mode it runs once, on a few images [N, ...].
     """
     probe = _Probe()
     layers = layers_of(model)
     with torch.no_grad(), hooked(model, layers, probe.layer), probe:
         model(ready(images, model))
     calls = Counter(name for name, _ in probe.outputs)
-    found = Plan([name for name, _ in probe.outputs if calls[name] == 1])
+    found = Plan([name for name, _ in probe.outputs if calls[name] == 1], set())
     sizes = {name: layers[name].weight.numel() for name in found.layers}
     for terms in probe.sums:
         ends = [name for name in terms if name in sizes and probe.readers[name] == 1]
@@ -96,7 +83,8 @@ class _Probe(TorchFunctionMode):
         same = bool(args) and result is args[0]
         if name != "__get__" and (in_place or not same):  # dropout returns what it was given
             self.readers.update(read)
-        if read and name in SUMS and not kwargs and _same_shape(args):
+        sums = read and name in SUMS and not kwargs
+        if sums and [t.shape for t in tensors(args)] == [result.shape] * 2:
             self.sums.append(read)
         if same and in_place:
             self.names.pop(id(result), None)  # no longer what the layer gave
@@ -104,20 +92,14 @@ class _Probe(TorchFunctionMode):
 
 
 def change_in_order(
-    dense: nn.Module,
-    network: nn.Module,
-    images: Tensor,
-    names: set[str],
-    change: Change,
+    dense: nn.Module, network: nn.Module, images: Tensor, names: set[str], change: Change
 ) -> None:
-    """Change layer after layer of a network, inputs as changed so far.
+    """Change layer after layer of a network in place, inputs as changed so far.
 
     Parameters
     ----------
     dense : nn.Module
-        What the network should compute; not changed.
-    network : nn.Module
-        Of the same architecture; changed in place. Both run in evaluation mode.
+        What the network should compute, of the same architecture. Both run in evaluation mode.
     images : Tensor
         Reference images [N, ...], all at once.
     names : set of str
@@ -130,7 +112,7 @@ def change_in_order(
     names = names & set(route.layers)
     network.eval()
     with _Dense(dense, images, names, route.branch_ends).started() as targets:
-        run = _Changing(network, names, route.branch_ends, targets, change)
+        run = _Changing(route.branch_ends, targets, change)
         with torch.no_grad(), hooked(network, names, run.layer), run:
             network(ready(images, network))
 
@@ -168,10 +150,7 @@ class _Watch(TorchFunctionMode):
 class _Changing(_Watch):
     """The second network's pass."""
 
-    def __init__(
-        self, network: nn.Module, names: set[str], branch_ends: set[str],
-        targets: Iterator[Tensor], change: Change,
-    ):  # fmt: skip
+    def __init__(self, branch_ends: set[str], targets: Iterator[Tensor], change: Change):
         super().__init__(branch_ends)
         self.targets, self.change = targets, change
 
@@ -245,8 +224,3 @@ class _Dense(_Watch):
 
 class _Stopped(Exception):
     """Ends a pass that nobody waits for any more."""
-
-
-def _same_shape(args: tuple) -> bool:
-    shapes = [t.shape for t in tensors(args)]
-    return len(shapes) == 2 and shapes[0] == shapes[1]

@@ -2,144 +2,67 @@
 
 Scores are ``dict[str, Tensor]`` keyed by the weight's name; a mask has the same names and shapes,
 dtype bool, True = kept. All counts are exact, and ties are broken by position: of equal scores the
-earlier weight (in the order of the names, then row-major) ranks higher.
+earlier weight (in the order of the names, then row-major) ranks higher. What makes masks raises
+ValueError if there are no scores, one holds NaN, a share is outside [0, 1] or a mask misfits.
 """
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .score import Scores
+from .score import Scores, pooled, unpooled
 
 Mask = dict[str, Tensor]
 
 
-def nonpositive(scores: Scores) -> Mask:
-    """Remove every weight whose score is zero or negative.
+def nonpositive(scores: Scores, fraction: float = 1.0, *, mask: Mask | None = None) -> Mask:
+    """Remove every weight whose score is zero or negative, or those of them nearest zero.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True where the score is positive.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores or one holds NaN.
+    Of n such weights ``round(fraction · n)`` go, the nearest to zero over all layers at once. What
+    `mask` removed in earlier rounds stays removed and does not count: its score is zero because
+    the weight is, not because it was found unimportant.
 
     Notes
     -----
-    The rule is taken literally: a layer without a positive score loses all its weights, which
-    disconnects the network. :func:`emptied` names such layers.
+    All at once it is the paper's rule taken literally: a layer without a positive score loses all
+    its weights, which disconnects the network. With a fraction, it is one round of gradual
+    removal: score, remove the nearest, refit or fine-tune, score again.
 
     References
     ----------
     Soroush, Raji, Ghavami: Compressing Deep Neural Networks Using Explainable AI,
     arXiv:2507.05286, abstract.
     """
-    return {name: score > 0 for name, score in _checked(scores).items()}
-
-
-def nonpositive_nearest(scores: Scores, fraction: float, *, mask: Mask | None = None) -> Mask:
-    """Remove only the given fraction of the non-positive weights: those nearest zero.
-
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-    fraction : float
-        Share of the non-positive weights to remove, in [0, 1]; ranked over all layers at once.
-    mask : dict of Tensor, optional
-        bool; weights removed in earlier rounds. They stay removed and do not count: their score
-        is zero because the weight is, not because it was found unimportant.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or a mask misfits.
-
-    Notes
-    -----
-    One round of gradual removal: score, remove the nearest, refit or fine-tune, score again.
-    ``round(fraction · n)`` of the n non-positive weights go. Like :func:`nonpositive`, the rule
-    may empty a layer.
-    """
     scores, fraction = _checked(scores), check_share("fraction", fraction)
     before = intersect(_everything(scores), mask or {})
-    flat, kept = _flat(scores), _flat({name: before[name] for name in scores})
+    flat, kept = pooled(scores), pooled({name: before[name] for name in scores})
     candidates = ((flat <= 0) & kept).nonzero().squeeze(1)
     nearest = _top(flat[candidates], round(fraction * len(candidates)))
     kept[candidates[nearest]] = False
-    return intersect(before, _unflat(kept, scores))
+    return intersect(before, unpooled(kept, scores))
 
 
 def keep_top(scores: Scores, fraction: float, *, scope: str = "global") -> Mask:
     """Keep the given fraction of the weights, highest scores first.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight.
-    fraction : float
-        Share of the weights to keep, in [0, 1].
-    scope : {"global", "layer"}
-        Rank all layers' weights against each other, or each layer's among themselves.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept: ``round(fraction · n)`` of the n weights ranked together.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
-
-    Notes
-    -----
-    Every layer keeps at least its best weight, because a layer without weights disconnects the
-    network; so no fewer weights are kept than there are layers.
+    ``round(fraction · n)`` of the n that are ranked together: with the scope "global" those of all
+    layers, with "layer" each layer's among themselves. Every layer keeps at least its best weight,
+    because a layer without weights disconnects the network.
     """
     scores, fraction = _checked(scores), check_share("fraction", fraction)
-    return _keep_top(scores, fraction, scope)
+    if check_scope(scope) == "layer":
+        return {name: _best(score, fraction) for name, score in scores.items()}
+    flat, kept = pooled(scores), pooled({name: _best(score, 0) for name, score in scores.items()})
+    kept[~kept] = _top(flat[~kept], round(fraction * len(flat)) - int(kept.sum()))
+    return unpooled(kept, scores)
 
 
-def filters(scores: Scores, fraction: float | None = None, *, scope: str = "global") -> Mask:
-    """Remove whole filters: output channels of convolutions, by their summed score.
+def filters(scores: Scores, fraction: float) -> Mask:
+    """Keep a fraction of each convolution's filters, highest sums of scores first.
 
-    Parameters
-    ----------
-    scores : dict of Tensor
-        Real scores, each shaped like its weight; those of convolutions are
-        [out channels, in channels per group, *kernel].
-    fraction : float, optional
-        Share of the filters to keep, highest sums first; at least one in each layer. Without it,
-        filters whose summed score is zero or negative are removed, even if all of a layer's are.
-    scope : {"global", "layer"}
-        Rank all layers' filters against each other, or each layer's among themselves.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, True = kept. Weights that are not a convolution's (fewer than three dimensions) are
-        kept; :func:`intersect` joins this mask with an unstructured one for them.
-
-    Raises
-    ------
-    ValueError
-        If there are no scores, one holds NaN, the fraction is outside [0, 1] or the scope unknown.
+    Filters are the rows of weights [out channels, in channels per group, *kernel]; at least one
+    stays in each layer. The weights of all other layers are kept.
 
     References
     ----------
@@ -147,36 +70,18 @@ def filters(scores: Scores, fraction: float | None = None, *, scope: str = "glob
     Networks, arXiv:2008.09072: structured pruning of filters, unstructured of fully connected
     layers. That a filter's importance is the sum of its weights' is our reading.
     """
-    scores = _checked(scores)
+    scores, fraction = _checked(scores), check_share("fraction", fraction)
     sums = {name: score.flatten(1).sum(1) for name, score in scores.items() if score.ndim > 2}
-    if fraction is None:
-        channels = {name: total > 0 for name, total in sums.items()}
-    else:
-        check_share("fraction", fraction)
-        channels = _keep_top(sums, fraction, scope) if sums else {}
     masks = _everything(scores)
-    for name, channel in channels.items():
-        masks[name][~channel] = False
+    for name, total in sums.items():
+        masks[name][~_best(total, fraction)] = False
     return masks
 
 
 def intersect(*masks: Mask) -> Mask:
     """Keep what all masks keep; a mask says nothing about names it does not hold.
 
-    Parameters
-    ----------
-    *masks : dict of Tensor
-        bool, True = kept.
-
-    Returns
-    -------
-    dict of Tensor
-        bool, the names of all masks.
-
-    Raises
-    ------
-    ValueError
-        If masks of one name differ in shape, or are not bool.
+    ValueError if masks of one name differ in shape, or are not bool.
     """
     joint: Mask = {}
     for mask in masks:
@@ -187,24 +92,9 @@ def intersect(*masks: Mask) -> Mask:
 
 
 def apply(model: nn.Module, masks: Mask) -> nn.Module:
-    """Copy a model with the removed weights set to zero.
+    """A copy of a model with the removed weights set to exactly zero.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it is.
-    masks : dict of Tensor
-        bool, True = kept; keyed by parameter name, shaped like the parameter.
-
-    Returns
-    -------
-    nn.Module
-        A copy; removed weights are exactly zero.
-
-    Raises
-    ------
-    ValueError
-        If a mask's name is no parameter, or its shape or dtype does not fit.
+    ValueError if a mask's name is no parameter, or its shape or dtype does not fit.
     """
     pruned = copy.deepcopy(model)
     for name, parameter in masked(pruned, masks).items():
@@ -228,20 +118,9 @@ def density(masks: Mask) -> float:
     return sum(int(kept.sum()) for kept in masks.values()) / total if total else 1.0
 
 
-def emptied(masks: Mask) -> list[str]:
-    """Names of the layers that masks remove wholly, which disconnects most networks."""
-    return [name for name, kept in masks.items() if not kept.any()]
-
-
-def _keep_top(scores: Scores, fraction: float, scope: str) -> Mask:
-    if check_scope(scope) == "layer":
-        counts = {name: max(1, round(fraction * score.numel())) for name, score in scores.items()}
-        return {n: _top(s.reshape(-1), counts[n]).reshape(s.shape) for n, s in scores.items()}
-    best = _flat({name: _top(score.reshape(-1), 1) for name, score in scores.items()})
-    flat = _flat(scores)
-    kept = best.clone()
-    kept[~best] = _top(flat[~best], round(fraction * flat.numel()) - int(best.sum()))
-    return _unflat(kept, scores)
+def _best(score: Tensor, fraction: float) -> Tensor:
+    """Mask of the highest values of one tensor, that share of them, at least one."""
+    return _top(score.reshape(-1), max(1, round(fraction * score.numel()))).reshape(score.shape)
 
 
 def _top(flat: Tensor, count: int) -> Tensor:
@@ -257,15 +136,6 @@ def _top(flat: Tensor, count: int) -> Tensor:
 
 def _everything(scores: Scores) -> Mask:
     return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-
-
-def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def _unflat(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([tensor.numel() for tensor in like.values()])
-    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 
 def _checked(scores: Scores) -> Scores:

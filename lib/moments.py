@@ -21,9 +21,7 @@ FEW = 10  # images below which their covariance alone is not trusted
 STEADY = 1e-4  # share of variance in the second moment below which an input hardly varies
 
 
-def input_moments(
-    model: nn.Module, images: Tensor, *, batch_size: int = 50, centered: bool = False
-) -> dict[str, Tensor]:
+def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -> dict[str, Tensor]:
     """Second moments of the inputs of every linear and convolutional layer.
 
     Parameters
@@ -32,8 +30,6 @@ def input_moments(
         Run in eval mode, on its own device.
     images : Tensor
         float32 [N, ...].
-    batch_size : int
-        Images per forward pass; bounds the memory taken by unfolded patches.
     centered : bool
         Take what is left when the bias is chosen best for any change of the weights, i.e. the
         covariance: right when biases are corrected afterwards. Layers without a bias keep the
@@ -74,9 +70,7 @@ def input_moments(
             gram = patches @ patches.mT  # [groups, d + 1, d + 1]
             sums[name] = sums[name] + gram if name in sums else gram
 
-        with hooked(model, names, accumulate), torch.no_grad():
-            for batch in split(images, batch_size):
-                model(ready(batch, model))
+        watch(model, images, names, accumulate)
         return sums
 
     sums = grams(layers)
@@ -93,22 +87,20 @@ def input_moments(
     return moments
 
 
-def second_moment(gram: Tensor, images: int, *, centered: bool) -> Tensor:
-    """Second moment of a layer's inputs, from sums over patches.
+def second_moment(
+    gram: Tensor, images: int, *, centered: bool, plain: Tensor | None = None
+) -> Tensor:
+    """Second moment of a layer's inputs [groups, d, d], from sums over the patches of images.
 
     Parameters
     ----------
     gram : Tensor
         [groups, d + 1, d + 1], the last input a one.
-    images : int
-        How many it was summed over.
     centered : bool
-        Take what is left when the bias is chosen best for any change of the weights: the
-        covariance C. Where it is ``unsupported``, a share α of the plain moment S is added.
-
-    Returns
-    -------
-    Tensor [groups, d, d]
+        Take the covariance C, what is left when the bias is chosen best for any change of the
+        weights. Where it is ``unsupported``, a share α of the plain moment S is added.
+    plain : Tensor, optional
+        The gram of the inputs as they are, where that of ``gram`` were shifted.
 
     Notes
     -----
@@ -116,24 +108,19 @@ def second_moment(gram: Tensor, images: int, *, centered: bool) -> Tensor:
     spread, of which n images, all alike, tell nothing; so α is 1/n for few images and at least
     ``STEADY``. For one image C is zero and the plain moment is left, for many nothing is added.
     """
-    moment = gram[:, :-1, :-1]
+    moment, plain = gram[:, :-1, :-1], gram if plain is None else plain
     if centered:
         total = gram[:, :-1, -1:]
-        plain, moment = moment, moment - total @ total.mT / gram[:, -1:, -1:]
-        if share := borrowed(*energies(gram), images):
-            moment = moment + share * plain
+        moment = moment - total @ total.mT / gram[:, -1:, -1:]
+        if share := borrowed(*energies(plain), images):
+            moment = moment + share * plain[:, :-1, :-1]
     return moment / images
 
 
 def borrowed(energy: float, means: float, images: int) -> float:
     """Share α of the plain moment that a covariance borrows; 0 where images support it.
 
-    Parameters
-    ----------
-    energy, means : float
-        Sum of squares, and of what the means make of it.
-    images : int
-        How many there are.
+    ``energy`` is a sum of squares, ``means`` what the means make of it.
     """
     if images >= FEW and energy - means > STEADY * energy:
         return 0.0
@@ -168,24 +155,17 @@ def patches_of(layer: Layer, inputs: Tensor) -> Tensor:
     """Patches as columns [groups, d + 1, images · positions]; the last row is one, for the bias."""
     if isinstance(layer, nn.Linear):
         columns = inputs.reshape(1, -1, inputs.shape[-1]).mT
-    elif isinstance(layer, nn.Conv3d):
+    else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         columns = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
         sizes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
         for axis, (size, gap, step) in enumerate(sizes, 2):
             columns = columns.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
         # [images, groups, channels, *places, *taps] -> [groups, channels · taps, images · places]
-        columns = columns.unflatten(1, (layer.groups, -1)).permute(1, 2, 6, 7, 8, 0, 3, 4, 5)
-        columns = columns.flatten(5).flatten(1, 4)
-    else:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-        kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-        if isinstance(layer, nn.Conv1d):
-            inputs = inputs.unsqueeze(2)
-            kernel, dilation, stride = ((1, *size) for size in (kernel, dilation, stride))
-        columns = F.unfold(inputs, kernel, dilation=dilation, stride=stride)
-        columns = columns.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        k = len(layer.kernel_size)
+        columns = columns.unflatten(1, (layer.groups, -1))
+        columns = columns.permute(1, 2, *range(3 + k, 3 + 2 * k), 0, *range(3, 3 + k))
+        columns = columns.flatten(2 + k).flatten(1, 1 + k)
     return F.pad(columns, (0, 0, 0, 1), value=1)
 
 
@@ -240,3 +220,12 @@ def hooked(model: nn.Module, names: Iterable[str], hook: Callable) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watch(
+    model: nn.Module, images: Tensor, names: Iterable[str], hook: Callable, batch_size: int = 50
+) -> None:
+    """Run a model on images, in batches, with a hook as of ``hooked`` on the layers named."""
+    with hooked(model, names, hook), torch.no_grad():
+        for batch in split(images, batch_size):
+            model(ready(batch, model))

@@ -21,22 +21,14 @@ from .files import write_bytes
 from .fold import fold_batchnorm
 from .onnx_int8 import quantize
 
-__all__ = ["run_onnx", "to_onnx"]
-
-OPSET = 17
-"""Of the graphs: the newest that torch's exporter writes without further packages."""
-TOLERANCE = 1e-4
-"""Largest difference between float file and model, relative where outputs exceed one."""
+OPSET = 17  # the newest that torch's exporter writes without further packages
+TOLERANCE = 1e-4  # between float file and model, relative where outputs exceed one
 
 
 def to_onnx(
-    compressed: Compressed,
-    model: nn.Module,
-    images: Tensor,
-    path: str | Path,
-    *,
+    compressed: Compressed, model: nn.Module, images: Tensor, path: str | Path, *,
     int8: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Write the decoded model as an ONNX file, whole or not at all.
 
     Parameters
@@ -107,14 +99,20 @@ def to_onnx(
     images = images.float() if images.is_floating_point() else images
     data = _trace(decoded, images)
     if int8:
-        data = quantize(data, decoded, compressed, images)
-        _logits(_session(data), images[:2])
+        try:
+            data = quantize(data, decoded, compressed, images)
+            _logits(_session(data), images[:2])
+        except Exception as error:  # as onnxruntime raises anything
+            raise ValueError(
+                f"the network cannot be written in 8 bits: {_first_line(error)}. Write it in "
+                "float32 (int8=False)"
+            ) from error
     write_bytes(path, data)
     return len(data)
 
 
 def run_onnx(path: str | Path, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Outputs of an ONNX file from onnxruntime on the CPU.
+    """Outputs, float32 [N, classes], of an ONNX file from onnxruntime on the CPU.
 
     Parameters
     ----------
@@ -124,11 +122,6 @@ def run_onnx(path: str | Path, images: Tensor, batch_size: int = 500) -> Tensor:
         [N, ...], N >= 1.
     batch_size : int
         Images computed at once, by as many threads as torch has.
-
-    Returns
-    -------
-    Tensor
-        float32 [N, classes], on the CPU.
 
     Raises
     ------
@@ -204,15 +197,9 @@ def _export(model: nn.Module, images: Tensor) -> bytes:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", "Constant folding")
         torch.onnx.export(
-            model,
-            (images,),
-            path,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": free, "logits": free},
-        )
+            model, (images,), path, dynamo=False, opset_version=OPSET, input_names=["images"],
+            output_names=["logits"], dynamic_axes={"images": free, "logits": free},
+        )  # fmt: skip
         return path.read_bytes()
 
 

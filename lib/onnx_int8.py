@@ -10,34 +10,20 @@ from torch import Tensor, nn
 
 from .codec import Compressed
 from .codec.container import Entry
+from .moments import Layer, weight_name
 from .quantize import Codes
 
-__all__ = ["quantize"]
-
-SCORED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 INTEGER = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool"]
 INTEGER += ["GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"]
 INTEGER += ["Slice", "Pad", "Concat", "Split"]  # all else stays float, such as normalisation
 
 
 def quantize(data: bytes, model: nn.Module, compressed: Compressed, images: Tensor) -> bytes:
-    """Make an ONNX file of integers from one of floats.
+    """An ONNX file of integers from one of floats, see :func:`.onnx.to_onnx`.
 
-    Parameters
-    ----------
-    data : bytes
-        The float file.
-    model : nn.Module
-        What the float file computes; its weights have the same names there.
-    compressed : Compressed
-        The Codes of those weights that have any.
-    images : Tensor
-        [N, ...]; the ranges of activations are those met on them.
-
-    Returns
-    -------
-    bytes
-        The int8 file, see :func:`.onnx.to_onnx`.
+    The float file computes what ``model`` does and has its weights under the same names;
+    ``compressed`` has the Codes of some. The ranges of activations are those met on the images
+    [N, ...].
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -84,8 +70,8 @@ def _overrides(
     """Scales of the weights that the graph has under their own names, as onnxruntime wants them."""
     overrides = {}
     for path, module in model.named_modules():
-        name = f"{path}.weight" if path else "weight"
-        if isinstance(module, SCORED) and found.get(name) == list(module.weight.shape):
+        name = weight_name(path)
+        if isinstance(module, Layer) and found.get(name) == list(module.weight.shape):
             scales = _scales(module.weight.detach(), compressed.get(name))
             axis = {"axis": 0} if len(scales) > 1 else {}
             overrides[name] = [
@@ -101,10 +87,10 @@ def _scales(weight: Tensor, entry: Entry | None) -> Tensor:
     if isinstance(entry, Codes) and entry.kind in ("uniform", "channel"):
         symbols = entry.symbols.double().reshape(len(weight), -1)
         # Least squares is exact here: each row is its symbols times a step and a folded gain.
-        steps = (rows * symbols).sum(1) / symbols.square().sum(1)
-        residual = (rows - steps.nan_to_num()[:, None] * symbols).abs().amax(1)
-        if symbols.abs().max() <= 127 and bool((residual <= 1e-3 * steps.nan_to_num().abs()).all()):
-            scales = steps.nan_to_num().abs()
+        steps = ((rows * symbols).sum(1) / symbols.square().sum(1)).nan_to_num()
+        residual = (rows - steps[:, None] * symbols).abs().amax(1)
+        if symbols.abs().max() <= 127 and bool((residual <= 1e-3 * steps.abs()).all()):
+            scales = steps.abs()
     used = scales > 0
     if not used.any():
         return torch.ones(1)

@@ -12,33 +12,19 @@ from torch import Tensor, nn
 
 from .finetune import Batches
 from .fold import Folded
-from .masks import Mask, check_scope, check_share, filters, intersect, keep_top, nonpositive_nearest
+from .masks import Mask, check_scope, check_share, filters, intersect, keep_top, nonpositive
 from .score import By, Scores, criterion
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A network after pruning and repair.
+    """A network after pruning and repair."""
 
-    Attributes
-    ----------
-    folded : Folded
-        The user's model, and how BatchNorm was folded into its layers.
-    network : nn.Module
-        The folded copy, pruned, refitted and fine-tuned; removed weights are zero.
-    masks : dict of str to Tensor
-        bool, True = kept; keyed by weight name.
-    train : tuple of Tensor, or iterable of batches, optional
-        Training data, for quantizers that train.
-    seed : int
-        Of the order in training.
-    """
-
-    folded: Folded
-    network: nn.Module
-    masks: Mask
-    train: Batches | None = None
-    seed: int = 0
+    folded: Folded  # the user's model, and how BatchNorm was folded into its layers
+    network: nn.Module  # the folded copy, pruned, refitted and fine-tuned; removed weights are zero
+    masks: Mask  # bool, True = kept; keyed by weight name
+    train: Batches | None = None  # training data, for quantizers that train
+    seed: int = 0  # of the order in training
 
     def scores(self, by: By, images: Tensor, labels: Tensor) -> Scores:
         """Scores of the network as it is now.
@@ -82,21 +68,10 @@ class Removal(ABC):
 
     @abstractmethod
     def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
-        """Decide what is kept after one round.
+        """What is kept after one round, counted from 0; nothing removed before comes back.
 
-        Parameters
-        ----------
-        scores : dict of Tensor
-            Of the network as the rounds before left it.
-        before : dict of Tensor
-            bool, what was kept so far.
-        round_ : int
-            Counted from 0.
-
-        Returns
-        -------
-        dict of Tensor
-            bool, True = kept; nothing that was removed before comes back.
+        The scores are of the network as the rounds before left it; masks are bool, True = kept,
+        ``before`` what was kept so far.
         """
 
 
@@ -118,12 +93,33 @@ class NonPositive(Removal):
         check_share("fraction", self.fraction)
 
     def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
-        """See ``nonpositive_nearest``."""
-        return nonpositive_nearest(scores, self.fraction, mask=before)
+        """See ``nonpositive``."""
+        return nonpositive(scores, self.fraction, mask=before)
 
 
 @dataclass(frozen=True)
-class KeepTop(Removal):
+class _Share(Removal):
+    """Keep a share, of which each round removes the same factor."""
+
+    density: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must lie in (0, 1], not {self.density}")
+
+    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+        """See ``kept``; what was removed before ranks last."""
+        left = {name: score.masked_fill(~before[name], -math.inf) for name, score in scores.items()}
+        return self.kept(left, self.density ** ((round_ + 1) / self.rounds))
+
+    @abstractmethod
+    def kept(self, scores: Scores, density: float) -> Mask:
+        """What is kept at that density."""
+
+
+@dataclass(frozen=True)
+class KeepTop(_Share):
     """Keep a share of the weights, highest scores first.
 
     Attributes
@@ -135,21 +131,19 @@ class KeepTop(Removal):
     """
 
     by: By = "magnitude"
-    density: float = 0.5
     scope: str = "global"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _density(self.density)
         check_scope(self.scope)
 
-    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+    def kept(self, scores: Scores, density: float) -> Mask:
         """See ``keep_top``."""
-        return keep_top(_among(scores, before), _reached(self, round_), scope=self.scope)
+        return keep_top(scores, density, scope=self.scope)
 
 
 @dataclass(frozen=True)
-class KeepFilters(Removal):
+class KeepFilters(_Share):
     """Keep a share of each convolution's filters, and of the weights of all other layers.
 
     Attributes
@@ -159,30 +153,8 @@ class KeepFilters(Removal):
     """
 
     by: By = "deeplift"
-    density: float = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _density(self.density)
-
-    def masks(self, scores: Scores, before: Mask, round_: int) -> Mask:
+    def kept(self, scores: Scores, density: float) -> Mask:
         """See ``filters`` for convolutions and ``keep_top`` for the others."""
-        scores, density = _among(scores, before), _reached(self, round_)
         flat = {name: score for name, score in scores.items() if score.ndim == 2}
-        unstructured = keep_top(flat, density) if flat else {}
-        return intersect(filters(scores, density, scope="layer"), unstructured)
-
-
-def _reached(rule: "KeepTop | KeepFilters", round_: int) -> float:
-    """Share kept after a round, so that each round removes the same factor."""
-    return rule.density ** ((round_ + 1) / rule.rounds)
-
-
-def _among(scores: Scores, kept: Mask) -> Scores:
-    """Scores of the weights still there; the others rank last."""
-    return {name: score.masked_fill(~kept[name], -math.inf) for name, score in scores.items()}
-
-
-def _density(value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"density must lie in (0, 1], not {value}")
+        return intersect(filters(scores, density), keep_top(flat, density) if flat else {})

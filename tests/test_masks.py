@@ -43,33 +43,32 @@ def test_keep_top_per_layer_counts(scores, fraction):
 
 @settings(max_examples=100, deadline=None)
 @given(SCORES, FRACTIONS)
-def test_nonpositive_nearest_removes_the_nearest(scores, fraction):
+def test_nonpositive_removes_the_nearest(scores, fraction):
     candidates = [place for place in ranked(scores) if scores[place[0]][place[1]] <= 0]
     expected = set(candidates[: round(fraction * len(candidates))])
-    masks = masking.nonpositive_nearest(scores, fraction)
+    masks = masking.nonpositive(scores, fraction)
     assert {(n, int(i)) for n, kept in masks.items() for i in (~kept).nonzero()} == expected
 
 
-def test_nonpositive_is_literal_and_emptied_reports():
+def test_nonpositive_is_literal():
     scores = {"a": torch.tensor([[1.0, 0.0, -2.0]]), "b": torch.tensor([-1.0, 0.0])}
     masks = masking.nonpositive(scores)
     assert masks["a"].tolist() == [[True, False, False]]
-    assert masking.emptied(masks) == ["b"]
+    assert not masks["b"].any()
     assert masking.density(masks) == pytest.approx(1 / 5)
-    assert masking.nonpositive_nearest(scores, 1.0)["b"].tolist() == masks["b"].tolist()
 
 
 def test_earlier_rounds_do_not_count():
     scores = {"a": torch.tensor([0.0, 0.0, -1.0, -2.0, 3.0])}
     before = {"a": torch.tensor([False, False, True, True, True])}
-    kept = masking.nonpositive_nearest(scores, 0.5, mask=before)["a"]
+    kept = masking.nonpositive(scores, 0.5, mask=before)["a"]
     assert kept.tolist() == [False, False, False, True, True]
 
 
 def test_filters_go_whole():
     conv = torch.tensor([1.0, -1.0, 0.5, -0.25]).reshape(4, 1, 1, 1).expand(4, 2, 3, 3)
     scores = {"conv": conv, "fc": torch.randn(3, 4)}
-    masks = masking.filters(scores)
+    masks = masking.filters(scores, 0.5)
     assert masks["conv"].flatten(1).all(1).tolist() == [True, False, True, False]
     assert masks["fc"].all()
     masks = masking.filters(scores, 0.25)
@@ -97,9 +96,8 @@ def test_intersect():
     "rule",
     [
         masking.nonpositive,
-        masking.filters,
+        lambda scores: masking.filters(scores, 0.5),
         lambda scores: masking.keep_top(scores, 0.5),
-        lambda scores: masking.nonpositive_nearest(scores, 0.5),
     ],
 )
 def test_unusable_scores(rule):
@@ -112,7 +110,7 @@ def test_unusable_scores(rule):
 def test_unusable_arguments():
     scores = {"0.weight": torch.randn(3, 4)}
     for fraction in (-0.1, 1.1, float("nan")):
-        for rule in (masking.keep_top, masking.nonpositive_nearest, masking.filters):
+        for rule in (masking.keep_top, masking.nonpositive, masking.filters):
             with pytest.raises(ValueError, match="outside"):
                 rule(scores, fraction)
     with pytest.raises(ValueError, match="scope 'row'"):

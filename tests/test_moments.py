@@ -11,7 +11,7 @@ from lib.moments import input_moments
 def test_moments_are_means_over_images_of_sums_over_positions(layer_case):
     layer, images, _ = layer_case
     model = nn.Sequential(layer)
-    plain = input_moments(model, images, batch_size=17)["0.weight"]
+    plain = input_moments(model, images)["0.weight"]
     centered = input_moments(model, images, centered=True)["0.weight"]
     groups = getattr(layer, "groups", 1)
     for group in range(groups):

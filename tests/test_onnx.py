@@ -11,7 +11,7 @@ from lib.codec import Compressed
 from lib.finetune import evaluate
 from lib.fold import fold_batchnorm
 from lib.onnx import run_onnx, to_onnx
-from lib.quantize import kmeans, score_tiers, uniform
+from lib.quantize import Codes, kmeans, score_tiers, uniform
 from study.data import load
 from study.networks import build
 from study.training import fit
@@ -46,7 +46,9 @@ def eight_bit(weight, mask):
 
 
 def per_channel(weight, mask):
-    return uniform(weight, 6, mask=mask, per_channel=True)
+    rows = [uniform(row, 6, mask=kept) for row, kept in zip(weight, mask, strict=True)]
+    symbols, steps = torch.stack([row.symbols for row in rows]), [row.grid for row in rows]
+    return Codes(symbols, torch.cat(steps), "channel")
 
 
 def tiers(weight, mask):

@@ -112,3 +112,22 @@ def test_run_onnx_explains_unusable_files_and_images(tmp_path):
         run_onnx(path, torch.randn(3, 5))
     images = torch.randn(7, 4)
     assert torch.allclose(run_onnx(path, images, batch_size=3), model(images), atol=1e-6)
+
+
+class Twice(nn.Module):
+    """A layer with a bias on two scales: onnxruntime cannot give it integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(1, 1, 1), nn.Linear(9, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x).relu()).relu().flatten(1))
+
+
+def test_networks_without_an_integer_form_say_so_and_leave_no_file(tmp_path):
+    model, images = Twice().eval(), torch.randn(20, 1, 3, 3)
+    with pytest.raises(ValueError, match="cannot be written in 8 bits: .*int8=False"):
+        to_onnx(Compressed(model.state_dict()), model, images, tmp_path / "a.onnx", int8=True)
+    assert not list(tmp_path.iterdir())
+    assert to_onnx(Compressed(model.state_dict()), model, images, tmp_path / "a.onnx") > 0

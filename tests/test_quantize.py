@@ -12,8 +12,8 @@ from lib import quantize
 from lib.quantize import Codes
 
 
-def error(codes, weight, cost=1.0):
-    return float(((codes.decode() - weight).double().square() * cost).sum())
+def error(codes, weight):
+    return float((codes.decode() - weight).double().square().sum())
 
 
 def damage(codes, weight, moment, units=None):
@@ -48,14 +48,10 @@ def mask(weight):
 QUANTIZERS = {
     "uniform": lambda w, **k: quantize.uniform(w, 4, **k),
     "binary": lambda w, **k: quantize.uniform(w, 1, **k),
-    "channel": lambda w, **k: quantize.uniform(w, 3, per_channel=True, **k),
     "tiers": lambda w, **k: quantize.score_tiers(w, w.abs(), **k),
     "k-means": lambda w, **k: quantize.kmeans(w, 3, **k),
     "rate-distortion": lambda w, **k: quantize.rate_distortion(
         w, second_moment=correlated(54), step=0.05, lam=1e-4, **k
-    ),
-    "uncompensated": lambda w, **k: quantize.rate_distortion(
-        w, second_moment=correlated(54), lam=1e-4, compensate=False, **k
     ),
 }
 
@@ -96,13 +92,6 @@ def test_uniform_step_is_the_best_of_a_fine_search(bits):
     assert error(codes, weight) <= 1.1 * best
 
 
-def test_a_step_for_each_channel_is_no_worse(weight):
-    for bits in (2, 3, 4):
-        assert error(quantize.uniform(weight, bits, per_channel=True), weight) < error(
-            quantize.uniform(weight, bits), weight
-        )
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=4), st.integers(1, 90))
 def test_tiers_hold_their_shares(parts, count):
@@ -129,15 +118,6 @@ def test_kmeans_beats_the_uniform_grid(bits, weight, mask):
         codes = quantize.kmeans(weight, bits, mask=kept)
         assert len(codes.grid) <= 2**bits + 1
         assert error(codes, target) <= error(quantize.uniform(weight, bits, mask=kept), target)
-
-
-def test_kmeans_follows_importance(weight):
-    cost = torch.rand(weight.shape) ** 6 + (weight > 0.5) * 10
-    plain, weighted = quantize.kmeans(weight, 3), quantize.kmeans(weight, 3, importance=cost)
-    assert error(weighted, weight, cost) < 0.7 * error(plain, weight, cost)
-    assert torch.equal(quantize.kmeans(weight, 3, importance=cost * 0).symbols, plain.symbols)
-    with pytest.raises(ValueError, match="negative"):
-        quantize.kmeans(weight, 3, importance=-cost)
 
 
 def test_kmeans_of_few_values_is_exact_and_of_many_is_binned():
@@ -178,21 +158,17 @@ def test_layer_widths_follow_importance():
         quantize.layer_widths({"a": 1.0}, {"b": 3}, 3)
 
 
-def test_without_a_price_and_compensation_codes_are_rounded(weight):
+def rounded(weight, mask, step):
+    """Codes of each weight for itself."""
+    grid = torch.tensor([step]).half().float()
+    return Codes((weight / grid * mask).round().int(), grid, "uniform")
+
+
+def test_without_a_price_and_correlation_codes_are_rounded(weight, mask):
     codes = quantize.rate_distortion(
-        weight, second_moment=correlated(54), step=0.05, lam=0, compensate=False
+        weight, second_moment=torch.eye(54), step=0.05, lam=0, mask=mask
     )
-    assert torch.equal(codes.symbols, (weight / codes.grid).round().int())
-
-
-def test_errors_are_compensated_by_default(weight):
-    problem = dict(second_moment=correlated(54), step=0.2, lam=1e-4)
-    default, with_it, without = (
-        quantize.rate_distortion(weight, **problem, **how)
-        for how in ({}, {"compensate": True}, {"compensate": False})
-    )
-    assert torch.equal(default.symbols, with_it.symbols)
-    assert not torch.equal(default.symbols, without.symbols)
+    assert torch.equal(codes.symbols, rounded(weight, mask, 0.05).symbols)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -205,15 +181,9 @@ def test_compensation_lowers_damage_and_the_objective(share, groups):
         mask, lam = torch.rand(weight.shape) < share, 0.02
         weight = weight * mask
         problem = dict(second_moment=moment, unit_weight=units, mask=mask, step=0.5)
-        exact, plain = (
-            quantize.rate_distortion(weight, lam=0, compensate=way, **problem)
-            for way in (True, False)
-        )
+        plain = rounded(weight, mask, 0.5)
+        exact, traded = (quantize.rate_distortion(weight, lam=way, **problem) for way in (0, lam))
         assert damage(exact, weight, moment, units) < 0.8 * damage(plain, weight, moment, units)
-        traded, plain = (
-            quantize.rate_distortion(weight, lam=lam, compensate=way, **problem)
-            for way in (True, False)
-        )
         assert not traded.symbols[~mask].any()
         totals = [
             damage(codes, weight, moment, units) + lam * entropy(codes.symbols)
@@ -240,12 +210,7 @@ def test_close_to_the_optimum_of_every_choice():
 def test_masked_errors_are_compensated():
     torch.manual_seed(0)
     weight, moment, mask = torch.randn(12, 30), correlated(30), torch.rand(12, 30) < 0.7
-    codes, plain = (
-        quantize.rate_distortion(
-            weight, second_moment=moment, step=0.01, lam=0, mask=mask, compensate=way
-        )
-        for way in (True, False)
-    )
+    codes = quantize.rate_distortion(weight, second_moment=moment, step=0.01, lam=0, mask=mask)
     assert not codes.symbols[~mask].any()
     least = 0.0
     for row, gone in zip(weight.double(), ~mask, strict=True):
@@ -254,7 +219,7 @@ def test_masked_errors_are_compensated():
         schur = left - crossed @ torch.linalg.solve(inner, crossed.T)
         least += float(row[gone] @ schur @ row[gone])
     assert 0.99 * least < damage(codes, weight, moment) < 1.15 * least
-    assert damage(plain, weight, moment) > 1.5 * least
+    assert damage(rounded(weight, mask, 0.01), weight, moment) > 1.5 * least
 
 
 def test_the_step_balances_damage_and_bits():
@@ -264,7 +229,6 @@ def test_the_step_balances_damage_and_bits():
         weight, units = torch.randn(64, 90), torch.rand(64) * scale
         moment, lam = correlated(90, 4000) * scale, 1e-3
         codes = quantize.rate_distortion(weight, second_moment=moment, unit_weight=units, lam=lam)
-        assert float(codes.grid) == quantize.rd_step(weight, moment, units, lam)
         share = damage(codes, weight, moment, units) / (lam * weight.numel())
         assert share == pytest.approx(1 / (2 * math.log(2)), rel=0.15)
 

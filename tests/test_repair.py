@@ -16,9 +16,7 @@ from study.networks import build
 def test_refit_is_least_squares_for_each_unit(layer_case):
     layer, images, kept = layer_case
     dense, masks = nn.Sequential(layer), {"0.weight": kept}
-    fitted = repair.refit(
-        dense, masking.apply(dense, masks), masks, images, batch_size=17, ridge=1e-9
-    )[0]
+    fitted = repair.refit(dense, masking.apply(dense, masks), masks, images, ridge=1e-9)[0]
     target = layer(images).detach().double()
     for unit in range(len(kept)):
         inputs = rows(layer, images, unit).flatten(0, 1)[:, kept[unit].flatten()]
@@ -121,7 +119,7 @@ def test_bias_correction_matches_the_means(network):
     rough = masking.apply(
         dense, {name: torch.rand(mask.shape) < 0.8 for name, mask in masks.items()}
     )
-    fixed = repair.bias_correction(dense, rough, images, batch_size=17)
+    fixed = repair.bias_correction(dense, rough, images)
     with torch.no_grad():
         for name in ("stem", "head"):
             means = []
@@ -175,14 +173,15 @@ def test_one_pass_and_pass_after_pass_agree(monkeypatch):
     masks = {name: torch.rand(p.shape) < 0.5 for name, p in dense.named_parameters() if p.ndim > 1}
     pruned = masking.apply(dense, masks)
     for call in (
-        lambda: repair.refit(dense, pruned, masks, images, batch_size=7),
-        lambda: repair.bias_correction(dense, pruned, images, batch_size=7),
-        lambda: repair.renormalise(dense, pruned, masks, images, batch_size=7),
+        lambda: repair.refit(dense, pruned, masks, images),
+        lambda: repair.bias_correction(dense, pruned, images),
+        lambda: repair.renormalise(dense, pruned, masks, images),
     ):
         states = []
         for memory in (repair.MEMORY, 0):
             with monkeypatch.context() as patch:
                 patch.setattr(repair, "MEMORY", memory)
+                patch.setattr(repair, "BATCH", 7)
                 states.append(call().state_dict())
         for name, value in states[0].items():
             torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-4)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..files import write_bytes
 from ..inputs import copied, unwrapped
 from ..quantize import Codes
-from .container import CompressedFileError, Constant, Entry, assemble, parse, payload, shape_of
+from . import container
+from .container import CompressedFileError, Constant, Entry, shape_of
 from .summary import LayerSummary, Summary
 
 __all__ = ["Compressed", "CompressedFileError", "Constant", "LayerSummary", "Summary"]
@@ -69,7 +70,7 @@ class Compressed(Mapping[str, Entry]):
         for name, entry in self.items():
             if name not in self._aliases:
                 try:
-                    payloads[name] = payload(entry)
+                    payloads[name] = container.payload(entry)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         return payloads
@@ -81,20 +82,12 @@ class Compressed(Mapping[str, Entry]):
 
     def to_bytes(self) -> bytes:
         """The file's content; ValueError for what the format cannot hold."""
-        return assemble(self._entries, self._aliases, self._payloads, self.meta)
+        return container.assemble(self._entries, self._aliases, self._payloads, self.meta)
 
     def save(self, path: str | Path) -> int:
         """Write the file, whole or not at all: on any error an older file stays as it was.
 
-        Parameters
-        ----------
-        path : str or Path
-            Where to.
-
-        Returns
-        -------
-        int
-            The file's size in bytes.
+        Returns the file's size in bytes.
         """
         path, data = Path(path), self.to_bytes()
         write_bytes(path, data)
@@ -102,17 +95,7 @@ class Compressed(Mapping[str, Entry]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Compressed":
-        """Read a file written by :meth:`save`.
-
-        Parameters
-        ----------
-        path : str or Path
-            Where from.
-
-        Returns
-        -------
-        Compressed
-            Decodes to the same bits as the one that was saved.
+        """Read a file written by :meth:`save`; decodes to the same bits as what was saved.
 
         Raises
         ------
@@ -127,14 +110,14 @@ class Compressed(Mapping[str, Entry]):
     @classmethod
     def from_bytes(cls, data: bytes | bytearray) -> "Compressed":
         """Inverse of :meth:`to_bytes`; raises as :meth:`load` does."""
-        return cls(*parse(bytes(data)))
+        return cls(*container.parse(bytes(data)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Decoded tensors by name; tied weights are one tensor under several names."""
         decoded: dict[str, Tensor] = {}
         for name, entry in self.items():
             owner = self._aliases.get(name)
-            decoded[name] = decoded[owner] if owner is not None else _decode(entry)
+            decoded[name] = decoded[owner] if owner is not None else container.decode(entry)
         return decoded
 
     def to_model(self, model: nn.Module) -> nn.Module:
@@ -149,8 +132,7 @@ class Compressed(Mapping[str, Entry]):
         Returns
         -------
         nn.Module
-            A copy with all parameters and buffers from here, in the model's dtypes and on its
-            device.
+            A copy with all parameters and buffers from here, in the model's dtypes, on its device.
 
         Raises
         ------
@@ -178,29 +160,20 @@ class Compressed(Mapping[str, Entry]):
     def summary(self) -> Summary:
         """What each layer takes in the file.
 
-        Returns
-        -------
-        Summary
-            A row for each quantized weight and ``(rest)`` for all other entries and the header;
-            the bytes add up to the file's size. Weights stored under several names count once.
+        A row for each quantized weight and ``(rest)`` for all other entries and the header; the
+        bytes add up to the file's size. Weights stored under several names count once.
         """
-        layers = [name for name in self._payloads if isinstance(self[name], Codes)]
-        rest = [name for name in self._payloads if not isinstance(self[name], Codes)]
-        sizes = {name: len(self._payloads[name]) for name in layers}
-        total = self.nbytes
-        groups = [(name, [name], sizes[name]) for name in layers]
+        sizes = {n: len(p) for n, p in self._payloads.items() if isinstance(self[n], Codes)}
+        rest = [name for name in self._payloads if name not in sizes]
+        total, rows = self.nbytes, Summary()
+        groups = [(name, [name], size) for name, size in sizes.items()]
         groups.append(("(rest)", rest, total - sum(sizes.values())))
-        rows = Summary()
         for label, names, size in groups:
             weights = sum(math.prod(shape_of(self[name])) for name in names)
             kept = sum(_kept(self[name]) for name in names)
             bits = 8 * size / weights if weights else math.nan
             rows.append(LayerSummary(label, weights, kept, bits, size, size / total))
         return rows
-
-
-def _decode(entry: Entry) -> Tensor:
-    return entry.clone() if isinstance(entry, Tensor) else entry.decode()
 
 
 def _kept(entry: Entry) -> int:

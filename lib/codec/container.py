@@ -43,15 +43,7 @@ class CompressedFileError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor of equal elements, stored as one of them.
-
-    Parameters
-    ----------
-    value : Tensor
-        The element, 0-dimensional, any dtype.
-    shape : tuple of int
-        Shape of the whole.
-    """
+    """A tensor of the given shape whose elements all equal `value`, 0-dimensional, any dtype."""
 
     value: Tensor
     shape: tuple[int, ...]
@@ -70,22 +62,16 @@ def shape_of(entry: Entry) -> tuple[int, ...]:
     return tuple(entry.symbols.shape if isinstance(entry, Codes) else entry.shape)
 
 
+def decode(entry: Entry) -> Tensor:
+    """What an entry stands for."""
+    return entry.clone() if isinstance(entry, Tensor) else entry.decode()
+
+
 def payload(entry: Entry) -> bytes:
     """What is stored for one entry beside its header fields.
 
-    Parameters
-    ----------
-    entry : Codes, Tensor or Constant
-        Grids take two bytes a value, codes are entropy-coded, tensors stay as they are.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    ValueError
-        For an entry that the format cannot hold.
+    Grids take two bytes a value, symbols are entropy-coded, tensors stay as they are. ValueError
+    for an entry that the format cannot hold.
     """
     shape = shape_of(entry)
     if len(shape) > MAX_DIMENSIONS:
@@ -107,27 +93,10 @@ def assemble(
     payloads: Mapping[str, bytes],
     meta: Mapping[str, str],
 ) -> bytes:
-    """The whole file.
+    """The whole file; ValueError for more entries or elements than a file may hold.
 
-    Parameters
-    ----------
-    entries : dict of str to Codes, Tensor or Constant
-        In the order in which they are stored.
-    aliases : dict of str to str
-        Name of a repeated entry to the earlier name under which it is stored.
-    payloads : dict of str to bytes
-        Of every entry that is not an alias, in the same order.
-    meta : dict of str to str
-        Short remarks.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    ValueError
-        For more entries or elements than a file may hold.
+    `aliases` maps the name of a repeated entry to the earlier one under which it is stored;
+    `payloads` are those of all others, in the same order.
     """
     order = {name: index for index, name in enumerate(entries)}
     parts = [write_int(len(meta)), *(write_text(text) for pair in meta.items() for text in pair)]
@@ -156,22 +125,9 @@ def assemble(
 
 
 def parse(data: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Inverse of :func:`assemble`.
+    """Entries and remarks of a file, aliases as one object under several names.
 
-    Parameters
-    ----------
-    data : bytes
-        A whole file.
-
-    Returns
-    -------
-    entries, meta : dict
-        Aliases are the same object under several names.
-
-    Raises
-    ------
-    CompressedFileError
-        If anything about the bytes is wrong.
+    CompressedFileError if anything about the bytes is wrong.
     """
     start = len(MAGIC) + 1
     if not MAGIC.startswith(data[: len(MAGIC)]):

@@ -16,17 +16,9 @@ def biclusters(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Group rows and columns so that the symbols of a row class × column class code shorter.
 
-    Parameters
-    ----------
-    matrix : ndarray
-        int32 [m, n], indices into `values`.
-    values : ndarray
-        int64 [k], ascending parts; what the indices stand for.
-
-    Returns
-    -------
-    rows, columns : ndarray
-        int32 [m] and [n]; classes 0 … 2^i - 1, sparser ones first. All zero if classes do not pay.
+    The matrix, int32 [m, n], holds indices into `values`, int64 [k] in ascending parts. Returned
+    are the classes of rows and columns, int32 [m] and [n]: 0 … 2^i - 1, sparser ones first, all
+    zero if classes do not pay.
 
     Notes
     -----

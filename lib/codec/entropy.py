@@ -27,26 +27,10 @@ _SLACK = 128.0
 
 
 def encode(symbols: Symbols, tiers: NDArray[np.uint8] | None = None, levels: int = 1) -> bytes:
-    """Code the symbols of one tensor, and its tiers with them.
+    """Code the symbols of one tensor, and its tiers with them as pairs.
 
-    Parameters
-    ----------
-    symbols : ndarray
-        int32, any shape.
-    tiers : ndarray, optional
-        uint8, same shape, below `levels`; tier and symbol are coded as one pair.
-    levels : int
-        Number of tiers.
-
-    Returns
-    -------
-    bytes
-        The stream; :func:`decode` needs shape and `levels` beside it.
-
-    Raises
-    ------
-    ValueError
-        If the symbols span more than :data:`MAX_ALPHABET` values.
+    Symbols are int32 of any shape, tiers uint8 of the same shape and below `levels`. ValueError if
+    the symbols span more than :data:`MAX_ALPHABET` values.
 
     Notes
     -----
@@ -78,26 +62,9 @@ def encode(symbols: Symbols, tiers: NDArray[np.uint8] | None = None, levels: int
 
 
 def decode(data: bytes, shape: Sequence[int], levels: int = 1) -> tuple[Symbols, NDArray[np.uint8]]:
-    """Inverse of :func:`encode`.
+    """Inverse of :func:`encode`: symbols, int32, and tiers, uint8, of the given shape.
 
-    Parameters
-    ----------
-    data : bytes
-        A stream.
-    shape : tuple of int
-        Shape of the tensor.
-    levels : int
-        Number of tiers.
-
-    Returns
-    -------
-    symbols, tiers : ndarray
-        int32 and uint8, of the given shape.
-
-    Raises
-    ------
-    ValueError
-        If stream, shape and levels do not belong together.
+    ValueError if stream, shape and levels do not belong together.
     """
     reader, count, bounds, alphabet = Reader(data), math.prod(shape), [], 0
     for _ in range(levels):

@@ -13,42 +13,26 @@ _SCALES, _POWERS, _STRENGTHS = 16, 3, (1, 4, 16, 64, 256)
 PRIORS = _SCALES * _POWERS * len(_STRENGTHS)
 """Number of priors; a prior's code is below it."""
 
+Known = tuple[NDArray[np.intp], Tensor, Tensor, Tensor]
+"""Indices of the values in use [u]; of each prior the pseudo-counts [PRIORS, u], their log-gammas
+and their sum [PRIORS]."""
+
 
 def prior(values: NDArray[np.int64], code: int) -> NDArray[np.int64]:
     """Pseudo-counts with which the counting of a block's symbols starts.
 
-    Parameters
-    ----------
-    values : ndarray
-        int64 [k], what can be coded.
-    code : int
-        Scale, tails and weight of the distribution in one number below :data:`PRIORS`.
-
-    Returns
-    -------
-    ndarray
-        int64 [k], all positive, in units of 1 / :data:`UNIT` counts.
+    int64 [k], all positive, in units of 1 / :data:`UNIT` counts, for the `values`, int64 [k], that
+    can be coded; `code` is scale, tails and weight in one number below :data:`PRIORS`.
     """
     code, strength = divmod(code, len(_STRENGTHS))
     shape = _student(values, *divmod(code, _POWERS))
     return 1 + shape * (_STRENGTHS[strength] * UNIT) // int(shape.sum())
 
 
-def candidates(
-    values: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.intp], Tensor, Tensor, Tensor]:
+def candidates(values: NDArray[np.int64], counts: NDArray[np.int64]) -> Known:
     """All priors of a tensor, prepared for :func:`best_prior`.
 
-    Parameters
-    ----------
-    values, counts : ndarray
-        int64 [k], what can be coded and how often the tensor holds it.
-
-    Returns
-    -------
-    tuple
-        Indices of the values in use [u]; of each prior the pseudo-counts [PRIORS, u], their
-        log-gammas and their sum [PRIORS].
+    `counts` says how often the tensor holds each of `values`, both int64 [k].
     """
     used = np.flatnonzero(counts)
     shapes = [_student(values, *divmod(code, _POWERS)) for code in range(_SCALES * _POWERS)]
@@ -59,25 +43,9 @@ def candidates(
     return used, alpha, torch.lgamma(alpha), whole
 
 
-def best_prior(
-    known: tuple[NDArray[np.intp], Tensor, Tensor, Tensor], counts: NDArray[np.int64]
-) -> int:
-    """The prior under which a block's symbols take the fewest bits.
+def best_prior(known: Known, counts: NDArray[np.int64]) -> int:
+    """Code of the prior under which symbols with these counts, int64 [k], take the fewest bits.
 
-    Parameters
-    ----------
-    known : tuple
-        From :func:`candidates`.
-    counts : ndarray
-        int64 [k], how often the block holds each value.
-
-    Returns
-    -------
-    int
-        Code of the prior.
-
-    Notes
-    -----
     The length is the Dirichlet-multinomial one,
     ``ln Γ(A + n) - ln Γ(A) - Σ_s [ln Γ(α_s + n_s) - ln Γ(α_s)]``. The scale is searched first, the
     rest next to it.

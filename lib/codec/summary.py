@@ -1,6 +1,5 @@
 """What each layer takes in a file, as rows and as a table."""
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -11,31 +10,14 @@ _FORMATS = ("", ",", ",", ".3f", ",", ".1%")
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One row of :class:`Summary`.
-
-    Parameters
-    ----------
-    layer : str
-        Name of a quantized weight in the state_dict; ``(rest)`` for all other entries and the
-        file's header.
-    weights : int
-        Elements.
-    kept : int
-        Those that decode to other than zero.
-    bits : float
-        Bits in the file for each of `weights`; NaN where there are none.
-    bytes : int
-        Size in the file.
-    share : float
-        `bytes` over the size of the file.
-    """
+    """One row of :class:`Summary`: a quantized weight, or ``(rest)``: all else and the header."""
 
     layer: str
-    weights: int
-    kept: int
-    bits: float
-    bytes: int
-    share: float
+    weights: int  # elements
+    kept: int  # those that decode to other than zero
+    bits: float  # in the file for each of `weights`; NaN where there are none
+    bytes: int  # in the file
+    share: float  # of the file's size
 
 
 class Summary(list[LayerSummary]):
@@ -44,15 +26,8 @@ class Summary(list[LayerSummary]):
     ``pandas.DataFrame(summary)`` has a column for each attribute of :class:`LayerSummary`.
     """
 
-    def __str__(self) -> str:
-        return aligned(HEADER, self._cells())
-
-    def _repr_html_(self) -> str:
-        rows = [_row("th", HEADER), *(_row("td", cells) for cells in self._cells())]
-        return f"<table>{''.join(rows)}</table>"
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [tuple(map(format, astuple(row), _FORMATS)) for row in self]
+    def __repr__(self) -> str:
+        return aligned(HEADER, [tuple(map(format, astuple(row), _FORMATS)) for row in self])
 
 
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -66,7 +41,3 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
         ).rstrip()
         for row in table
     )
-
-
-def _row(tag: str, cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -10,7 +10,7 @@ storing it loses nothing. To add one, derive from :class:`Quantizer` and hand an
 from .codes import KINDS, Codes
 from .ecqx import ECQx
 from .quantizer import Quantizer
-from .ratedistortion import RateDistortion, energy, rate_distortion, rd_step
+from .ratedistortion import RateDistortion, energy, rate_distortion
 from .sequential import Sequential
 from .tiers import Tiers, score_tiers, tier_shares
 from .trained import Trained
@@ -19,6 +19,6 @@ from .widths import LayerWidths, kmeans, layer_widths
 
 __all__ = [
     "ECQx", "KINDS", "Codes", "LayerWidths", "Quantizer", "RateDistortion", "Sequential", "Tiers",
-    "Trained", "Uniform", "energy", "kmeans", "layer_widths", "rate_distortion", "rd_step",
-    "score_tiers", "tier_shares", "uniform",
+    "Trained", "Uniform", "energy", "kmeans", "layer_widths", "rate_distortion", "score_tiers",
+    "tier_shares", "uniform",
 ]  # fmt: skip

@@ -50,16 +50,16 @@ class Codes:
         check(symbols.dtype == torch.int32, f"symbols must be int32, not {symbols.dtype}")
         check(grid.dtype == torch.float32, f"grid must be float32, not {grid.dtype}")
         check(grid.ndim == 1 and len(grid) > 0, f"grid must be [k], not {list(grid.shape)}")
-        check(bool(grid.isfinite().all()), "grid holds values that are not finite")
+        check(grid.isfinite().all(), "grid holds values that are not finite")
         check(torch.equal(grid, grid.half().float()), "grid is not representable in float16")
         check((tiers is None) == (self.kind != "tier"), "tiers go with kind 'tier', only there")
         if self.kind == "codebook":
             check(grid[0] == 0, "the first value of a codebook must be zero")
-            check(bool((grid[1:] != 0).all()), "a codebook holds zero once")
+            check((grid[1:] != 0).all(), "a codebook holds zero once")
             inside = (symbols >= 0) & (symbols < len(grid))
-            check(bool(inside.all()), f"codebook symbols must lie in [0, {len(grid)})")
+            check(inside.all(), f"codebook symbols must lie in [0, {len(grid)})")
             return
-        check(bool((grid > 0).all()), "steps must be positive")
+        check((grid > 0).all(), "steps must be positive")
         if self.kind == "uniform":
             check(len(grid) == 1, f"kind 'uniform' takes one step, not {len(grid)}")
         elif self.kind == "channel":
@@ -84,22 +84,26 @@ def storable(step: Tensor) -> Tensor:
     return step.clamp(2.0**-24, 65504.0).half().float()
 
 
+def halved(values: Tensor) -> Tensor:
+    """Values in float16, or as they are where that cannot hold them."""
+    halves = values.half()
+    return halves if bool(halves.isfinite().all()) else values
+
+
 def mask_like(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, checked, on the CPU; all True where there is none."""
     if mask is None:
         return torch.ones(weight.shape, dtype=torch.bool)
     check(mask.dtype == torch.bool, f"the mask must be bool, not {mask.dtype}")
-    check(
-        mask.shape == weight.shape,
-        f"the mask is {list(mask.shape)}, its weight {list(weight.shape)}",
-    )
+    shapes = f"{list(mask.shape)}, its weight {list(weight.shape)}"
+    check(mask.shape == weight.shape, f"the mask is {shapes}")
     return mask.cpu()
 
 
 def kept_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The weight as float32 on the CPU, masked weights zero."""
     weight = weight.detach().float().cpu()
-    check(bool(weight.isfinite().all()), "the weight holds values that are not finite")
+    check(weight.isfinite().all(), "the weight holds values that are not finite")
     return weight * mask_like(weight, mask)
 
 

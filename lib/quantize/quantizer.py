@@ -41,38 +41,19 @@ class Quantizer:
         return replace(self, **{self.knob: float(value)})
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Any:
-        """Compute what the codes need besides weights, masks and the knob.
+        """What ``codes`` needs besides weights, masks and the knob: it does not depend on them.
 
-        Parameters
-        ----------
-        removed : Removed
-            The network that is stored, pruned and repaired.
-        images, labels : Tensor
-            Reference images [N, ...] and int64 labels [N].
-
-        Returns
-        -------
-        object
-            Handed to ``codes``.
+        From the network that is stored, pruned and repaired, and reference images [N, ...] with
+        their int64 labels [N].
         """
         return None
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any
     ) -> dict[str, Codes]:
-        """Quantize all weights of a network; a quantizer defines this, or ``store``.
+        """Codes of all weights by name; removed weights decode to zero. Define this, or ``store``.
 
-        Parameters
-        ----------
-        weights, masks : dict of str to Tensor
-            Weights by name, and bool masks of the same shapes (True = kept).
-        prepared : object
-            From ``prepare``.
-
-        Returns
-        -------
-        dict of str to Codes
-            For the same names; removed weights decode to zero.
+        The masks are bool and shaped like the weights, True = kept; the rest is from ``prepare``.
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither codes nor store")
 
@@ -81,12 +62,8 @@ class Quantizer:
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Quantize a network, and correct its biases for the errors made.
 
-        Returns
-        -------
-        network : nn.Module
-            A copy of ``removed.network`` with decoded weights and corrected biases.
-        codes : dict of str to Codes
-            By weight name.
+        Returns a copy of ``removed.network`` with decoded weights and corrected biases, and the
+        codes by weight name.
         """
         weights = {name: removed.network.get_parameter(name).detach() for name in removed.masks}
         codes = self.codes(weights, removed.masks, prepared)

@@ -10,7 +10,7 @@ from ..moments import input_moments
 from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
-from .columns import cheapest, code_columns, code_lengths
+from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
 from .uniform import uniform
 
@@ -21,21 +21,11 @@ TRIES = 3  # dampings tried, each four times the one before
 
 @dataclass(frozen=True)
 class Problem:
-    """What rate-distortion weighs bits against; see ``rate_distortion``.
+    """What rate-distortion weighs bits against; see ``rate_distortion``."""
 
-    Attributes
-    ----------
-    moments : dict of str to Tensor
-        Covariances of the layers' inputs, whose means are left to the biases.
-    units : dict of str to Tensor
-        Weight of each output unit's squared error.
-    damage : float
-        What removing all weights would do, divided by their number.
-    """
-
-    moments: dict[str, Tensor]
-    units: dict[str, Tensor]
-    damage: float
+    moments: dict[str, Tensor]  # covariances of the layers' inputs: biases take the means
+    units: dict[str, Tensor]  # weight of each output unit's squared error
+    damage: float  # what removing all weights would do, divided by their number
 
 
 @dataclass(frozen=True)
@@ -90,61 +80,10 @@ class RateDistortion(Quantizer):
         }
 
 
-def rd_step(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None, lam: float) -> float:
-    """Step of the uniform grid that suits a price of bits.
-
-    Parameters
-    ----------
-    weight, second_moment, unit_weight
-        As for :func:`rate_distortion`.
-    lam : float
-        Positive; as for :func:`rate_distortion`.
-
-    Returns
-    -------
-    float
-        The step, representable in float16; between 2^-14 and 2.01 times the largest |weight|,
-        where every weight is kept or rounds to zero.
-
-    Raises
-    ------
-    ValueError
-        If an input is not finite or does not fit, or lam is not positive.
-
-    Notes
-    -----
-    On a fine grid of step Δ a weight takes h − log2 Δ bits and does c Δ²/12 damage with
-    c = mean_k G_k · mean_j M_jj², in the terms of :func:`rate_distortion` and without the share
-    of the damping. A bit is worth its price where −dD/dR = c Δ² ln 2 / 6 = λ, hence
-
-        Δ² = 6 λ / (c ln 2).
-
-    References
-    ----------
-    Gish, Pierce: Asymptotically efficient quantizing, IEEE Trans. Information Theory 1968.
-    """
-    weight = kept_weight(weight, None)
-    moment, units, _ = _problem(weight, second_moment, unit_weight)
-    return _rd_step(weight, *_triangular(moment), units, lam)
-
-
 def energy(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None = None) -> float:
-    """Damage that removing all weights would do; what a price of bits can be measured by.
+    """Damage that removing all weights would do, per image: Σ_k G_k w_kᵀ H w_k.
 
-    Parameters
-    ----------
-    weight, second_moment, unit_weight
-        As for :func:`rate_distortion`.
-
-    Returns
-    -------
-    float
-        Σ_k G_k w_kᵀ H w_k, per image.
-
-    Raises
-    ------
-    ValueError
-        If an input is not finite or does not fit.
+    A price of bits can be measured by it. Arguments and errors as of :func:`rate_distortion`.
     """
     weight = kept_weight(weight, None)
     moment, units, order = _problem(weight, second_moment, unit_weight)
@@ -153,15 +92,9 @@ def energy(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None = N
 
 
 def rate_distortion(
-    weight: Tensor,
-    *,
-    second_moment: Tensor,
-    unit_weight: Tensor | None = None,
-    step: float | None = None,
-    lam: float,
-    mask: Tensor | None = None,
-    compensate: bool = True,
-) -> Codes:
+    weight: Tensor, *, second_moment: Tensor, unit_weight: Tensor | None = None, lam: float,
+    step: float | None = None, mask: Tensor | None = None,
+) -> Codes:  # fmt: skip
     """Choose codes that trade the damage at the layer's output against the bits they take.
 
     Parameters
@@ -175,21 +108,15 @@ def rate_distortion(
         Non-negative [units], what the squared error of an output unit at one position costs;
         relevance enters here, as the mean square of R/z. Ones by default.
     step : float, optional
-        Step of the grid; :func:`rd_step` by default.
+        Step of the grid. By default the one that suits the price, representable in float16,
+        between 2^-14 and 2.01 times the largest |weight|, where every weight is kept or rounds to
+        zero.
     lam : float
         Damage that saving a bit may do, per image. Damages of layers add up, so one lam serves a
         whole network.
     mask : Tensor, optional
         bool, shaped like the weight, True = kept; the others decode to zero, and what that costs
         is compensated as well.
-    compensate : bool
-        Let the weights of a unit make up for each other's errors; otherwise each weight is coded
-        for itself, by the diagonal of H.
-
-    Returns
-    -------
-    Codes
-        Of kind "uniform".
 
     Raises
     ------
@@ -211,18 +138,30 @@ def rate_distortion(
     they matter most with masks, where M counts on weights that are not there. Each pass takes p
     from the one before.
 
+    On a fine grid a weight takes h − log2 Δ bits and does c Δ²/12 damage with
+    c = mean_k G_k · mean_j M_jj², without the share of the damping. A bit is worth its price where
+    −dD/dR = c Δ² ln 2 / 6 = λ, hence the step Δ² = 6 λ / (c ln 2).
+
     References
     ----------
     Frantar, Alistarh: Optimal Brain Compression, NeurIPS 2022, section 5. Frantar et al.: GPTQ,
-    ICLR 2023, section 3. Behdin et al.: QuantEase, 2023 (coordinate descent).
+    ICLR 2023, section 3. Behdin et al.: QuantEase, 2023 (coordinate descent). Gish, Pierce:
+    Asymptotically efficient quantizing, IEEE Trans. Information Theory 1968 (the step).
     """
     kept, weight = mask_like(weight, mask), kept_weight(weight, None)
     moment, units, order = _problem(weight, second_moment, unit_weight)
     factor, moment, damping = _triangular(moment)
-    step = _rd_step(weight, factor, moment, damping, units, lam) if step is None else step
-    check(0 < step < math.inf, f"the step must be positive, not {step}")
+    largest = float(weight.abs().max()) or 1.0
     check(0 <= lam < math.inf, f"lam must not be negative, not {lam}")
-    step = float(storable(torch.tensor(step, dtype=torch.float32)))
+    if step is None:
+        check(lam > 0, f"lam must be positive to derive a step, not {lam}")
+        energy = factor.diagonal(dim1=1, dim2=2).square() - damping
+        cost = float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
+        step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
+        step = min(max(step, largest / 2**14), 2.01 * largest)
+    check(0 < step < math.inf, f"the step must be positive, not {step}")
+    grid = storable(torch.tensor([step]))
+    step = float(grid)
     top = math.ceil(float(weight.abs().max()) / step) + 1
     check(top < 2**15, f"step {step} is too fine: it takes symbols up to {top}")
     groups, inputs = moment.shape[:2]
@@ -231,42 +170,31 @@ def rate_distortion(
     symbols, damage = scaled.round() * kept, units.reshape(groups, 1, -1) * step**2
     for turn in range(2 + SWEEPS):
         before, bits = symbols, lam * code_lengths(symbols, top)
-        if compensate:
-            quadratic = factor if turn < 2 else moment
-            symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits)
-        else:
-            energy = (moment.diagonal(dim1=1, dim2=2) - damping)[..., None]
-            symbols = cheapest(scaled, energy * damage, bits) * kept
+        quadratic = factor if turn < 2 else moment
+        symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits)
         if turn > 1 and (symbols != before).float().mean() < 0.01:
             break
-    symbols = symbols[:, order.argsort()].mT.reshape(weight.shape).int()
-    return Codes(symbols, torch.tensor([step], dtype=torch.float32), "uniform")
+    return Codes(symbols[:, order.argsort()].mT.reshape(weight.shape).int(), grid, "uniform")
 
 
 def _problem(
     weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked unit weights [units], second moment [groups, d, d] in the order of columns."""
+    """Second moment [groups, d, d] in the order of coding, unit weights, the order [d]; checked."""
     moment = second_moment.detach().float().cpu()
     moment = moment if moment.ndim == 3 else moment[None]
     inputs = weight[0].numel()
+    fits = moment.ndim == 3 and moment.shape[1:] == (inputs, inputs)
     check(
-        moment.ndim == 3
-        and moment.shape[1:] == (inputs, inputs)
-        and len(weight) % len(moment) == 0,
+        fits and len(weight) % len(moment) == 0,
         f"second_moment is {list(second_moment.shape)}, "
         f"the weight {list(weight.shape)} has {inputs} inputs a unit",
     )
-    check(bool(moment.isfinite().all()), "second_moment holds values that are not finite")
-    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach()
-    units = units.float().cpu()
-    check(
-        units.shape == weight.shape[:1],
-        f"unit_weight is {list(units.shape)} for {len(weight)} units",
-    )
-    check(
-        bool((units >= 0).all() & units.isfinite().all()), "unit_weight is negative or not finite"
-    )
+    check(moment.isfinite().all(), "second_moment holds values that are not finite")
+    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach().float().cpu()
+    shaped = units.shape == weight.shape[:1]
+    check(shaped, f"unit_weight is {list(units.shape)} for {len(weight)} units")
+    check((units >= 0).all() & units.isfinite().all(), "unit_weight is negative or not finite")
     order = moment.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
     return moment[:, order][:, :, order], units, order
 
@@ -284,15 +212,3 @@ def _triangular(moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         damping = torch.where(failed[:, None] > 0, 4 * damping, damping)
     check(not failed.any(), "second_moment is not positive semidefinite")
     return factor.flip(1, 2), damped, damping
-
-
-def _rd_step(
-    weight: Tensor, factor: Tensor, moment: Tensor, damping: Tensor, units: Tensor, lam: float
-) -> float:
-    check(0 < lam < math.inf, f"lam must be positive to derive a step, not {lam}")
-    energy = factor.diagonal(dim1=1, dim2=2).square() - damping
-    cost = float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
-    largest = float(weight.abs().max()) or 1.0
-    step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
-    step = min(max(step, largest / 2**14), 2.01 * largest)
-    return float(storable(torch.tensor(step, dtype=torch.float32)))

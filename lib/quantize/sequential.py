@@ -6,22 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..inputs import ready, split
+from .. import moments
 from ..leastsquares import Equations
 from ..lockstep import change_in_order, plan
-from ..moments import (
-    Layer,
-    borrowed,
-    hooked,
-    layers_of,
-    units_of,
-    unsupported,
-    warn_of,
-    weight_name,
-)
+from ..moments import Layer, weight_name
 from ..prune import Removed
 from ..score import criterion
-from .codes import Codes, check
+from .codes import Codes, check, halved
 from .ratedistortion import Problem, RateDistortion, rate_distortion
 from .uniform import uniform
 
@@ -85,7 +76,7 @@ class Sequential(RateDistortion):
             name = weight_name(path)
             equations = Equations(layer, centre=layer.bias is not None)
             equations.add(a, wanted - z)
-            if layer.bias is not None and unsupported(equations.plain(), equations.images):
+            if layer.bias is not None and moments.unsupported(equations.plain(), equations.images):
                 weak.append(path)
             total = equations.missing[..., -1] + equations.outputs()  # of what is wanted
             equations.refit(masks[name], self.ridge)
@@ -99,14 +90,13 @@ class Sequential(RateDistortion):
             layer.weight.copy_(codes[name].decode())
             if layer.bias is not None:
                 left = ((total - equations.outputs()) / equations.count).flatten()
-                bias = layer.bias + left.to(layer.bias.dtype)
-                halved = bias.half()  # as it will be stored, so that later layers see it
-                layer.bias.copy_(halved if halved.isfinite().all() else bias)
+                # as it will be stored, so that later layers see it
+                layer.bias.copy_(halved(layer.bias + left.to(layer.bias.dtype)))
 
         names = {path for name, path in paths.items() if name in masks}
         change_in_order(removed.folded.network, network, images, names, change)
         if weak:
-            warn_of(weak, len(images))
+            moments.warn_of(weak, len(images))
         return network, {name: codes[name] for name in masks}
 
 
@@ -117,25 +107,23 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
     no moments of inputs are needed.
     """
     network = copy.deepcopy(network).eval()
-    layers = layers_of(network)
+    layers = moments.layers_of(network)
     sums = {name: torch.zeros(3, len(layer.weight)).double() for name, layer in layers.items()}
 
     def add(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        z = units_of(layer, output).double()  # [groups, rows, p]
+        z = moments.units_of(layer, output).double()  # [groups, rows, p]
         if layer.bias is not None:
             z = z - layer.bias.double().reshape(len(z), -1, 1)
         now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
         sums[name] += now.flatten(1).cpu()
 
-    with torch.no_grad(), hooked(network, layers, add):
-        for batch in split(images, 50):
-            network(ready(batch, network))
+    moments.watch(network, images, layers, add)
     total = weights = 0.0
     for name, (first, second, count) in sums.items():
         if bool(count.any()) and (unit := units.get(weight_name(name))) is not None:
             if layers[name].bias is not None:
                 means = first.square() / count
-                share = borrowed(float(second.sum()), float(means.sum()), len(images))
+                share = moments.borrowed(float(second.sum()), float(means.sum()), len(images))
                 second = second - means + share * second
             total += float((second * unit.double().cpu()).sum()) / len(images)
             weights += layers[name].weight.numel()

@@ -12,7 +12,7 @@ from ..prune import Removed
 from ..score import By, Scores, criterion
 from .codes import Codes, check, kept_weight, mask_like
 from .quantizer import Quantizer
-from .uniform import best_steps, largest, nearest
+from .uniform import best_step, largest, nearest
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,10 @@ class Tiers(Quantizer):
     def __post_init__(self) -> None:
         criterion(self.by)
         check(0 < self.bits <= 8, f"bits must lie in (0, 8], not {self.bits}")
-        if self.widths[:1] != (0,) or list(self.widths) != sorted({*self.widths}):
-            raise ValueError(f"widths must ascend from 0, not {self.widths}")
-        if not len(self.widths) > 1 or self.widths[-1] > 8:
-            raise ValueError(
-                f"widths must hold one of 1 to 8 bits, and none above, not {self.widths}"
-            )
+        ascending = self.widths[:1] == (0,) and list(self.widths) == sorted({*self.widths})
+        check(ascending, f"widths must ascend from 0, not {self.widths}")
+        some = len(self.widths) > 1 and self.widths[-1] <= 8
+        check(some, f"widths must hold one of 1 to 8 bits, and none above, not {self.widths}")
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Scores:
         """Scores of the network that is stored."""
@@ -61,31 +59,15 @@ class Tiers(Quantizer):
 
 
 def tier_shares(
-    scores: dict[str, Tensor],
-    masks: dict[str, Tensor],
-    widths: tuple[int, ...],
-    mean_bits: float,
+    scores: dict[str, Tensor], masks: dict[str, Tensor], widths: tuple[int, ...], mean_bits: float
 ) -> dict[str, list[float]]:
     """Share out tiers of bits by one ranking of all kept weights of a network.
 
-    Parameters
-    ----------
-    scores, masks : dict of str to Tensor
-        Scores, and bool masks of the weights to share among (True = kept).
-    widths : tuple of int
-        Bits of the tiers, ascending, the first 0: only removed weights are there.
-    mean_bits : float
-        Mean width of the kept weights; clipped to the range of the other widths.
-
-    Returns
-    -------
-    dict of str to list of float
-        For each tensor, the share of its kept weights in each tier, lowest scores first.
-
-    Notes
-    -----
-    Of all shares with the given mean the flattest are taken, ``p_t ~ exp(theta * width_t)``
-    (maximum entropy), so that one number says how many bits a network gets.
+    Widths ascend from 0, where only removed weights are; the mean width of the kept ones is
+    clipped to the range of the others. Returned is, for each tensor, the share of its kept weights
+    in each tier, lowest scores first. Of all shares with the given mean over the network these are
+    the flattest (maximum entropy), ``p_t ~ exp(theta * width_t)``, so that one number says how
+    many bits it gets.
     """
     usable = np.array(widths[1:], dtype=float)
 
@@ -107,38 +89,17 @@ def tier_shares(
 
 
 def score_tiers(
-    weight: Tensor,
-    scores: Tensor,
-    *,
-    widths: Sequence[int] = (0, 2, 4, 8),
-    shares: Sequence[float] | None = None,
-    mask: Tensor | None = None,
-) -> Codes:
+    weight: Tensor, scores: Tensor, *, widths: Sequence[int] = (0, 2, 4, 8),
+    shares: Sequence[float] | None = None, mask: Tensor | None = None,
+) -> Codes:  # fmt: skip
     """Quantize weights with higher scores to more bits: k tiers by rank of score.
 
-    Parameters
-    ----------
-    weight : Tensor
-        Float weights.
-    scores : Tensor
-        Real, shaped like the weight.
-    widths : sequence of int
-        Bits of each tier, ascending, 0 to 8; see :func:`uniform`. Width 0 removes the weight.
-    shares : sequence of float, optional
-        Share of the kept weights in each tier, lowest scores first, summing to one; equal shares
-        by default. Shares counted from a ranking of all layers give tiers of the whole network.
-    mask : Tensor, optional
-        bool, shaped like the weight, True = kept; the others are put in tier 0 as zeros.
-
-    Returns
-    -------
-    Codes
-        Of kind "tier". Each tier has the step of least squared error.
-
-    Raises
-    ------
-    ValueError
-        If an input is not finite, shapes differ, widths or shares are unusable.
+    Weights, float, real scores and the bool mask, True = kept, are shaped alike. Widths are the
+    bits of each tier, ascending, 0 to 8, see :func:`uniform`; 0 removes a weight, and those that
+    the mask removes are zeros of the first tier. Shares are those of the kept weights in each
+    tier, lowest scores first, summing to one, equal by default; counted from a ranking of all
+    layers they give tiers of the whole network. ValueError if an input is not finite, shapes
+    differ, widths or shares are unusable.
 
     Notes
     -----
@@ -153,28 +114,22 @@ def score_tiers(
     kept = mask_like(weight, mask)
     weight, widths = kept_weight(weight, mask), list(widths)
     shares = [1 / len(widths)] * len(widths) if shares is None else list(shares)
-    check(
-        scores.shape == weight.shape,
-        f"scores are {list(scores.shape)}, the weight is {list(weight.shape)}",
-    )
+    shapes = f"{list(scores.shape)}, the weight is {list(weight.shape)}"
+    check(scores.shape == weight.shape, f"scores are {shapes}")
     check(not scores.isnan().any(), "scores hold NaN")
-    check(
-        widths == sorted(widths) and widths[0] >= 0 and widths[-1] <= 8,
-        f"widths must ascend within [0, 8], not {widths}",
-    )
-    check(
-        len(shares) == len(widths) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6,
-        f"{len(widths)} widths take as many shares that sum to one, not {shares}",
-    )
-    places = kept.reshape(-1).nonzero().squeeze(1)
-    order = places[scores.detach().cpu().reshape(-1)[places].argsort(stable=True)]
-    ends = [round(len(order) * share) for share in np.cumsum(shares)[:-1]] + [len(order)]
-    flat, tiers = weight.reshape(-1), torch.zeros(weight.numel(), dtype=torch.uint8)
-    symbols, steps = torch.zeros(weight.numel(), dtype=torch.int32), torch.ones(len(widths)).float()
-    for tier, members in enumerate(torch.tensor_split(order, ends[:-1])):
+    ascending = widths == sorted(widths) and widths[0] >= 0 and widths[-1] <= 8
+    check(ascending, f"widths must ascend within [0, 8], not {widths}")
+    usable = len(shares) == len(widths) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+    check(usable, f"{len(widths)} widths take as many shares that sum to one, not {shares}")
+    places = kept.flatten().nonzero().squeeze(1)
+    order = places[scores.detach().cpu().flatten()[places].argsort(stable=True)]
+    ends = [round(len(order) * share) for share in np.cumsum(shares)[:-1]]
+    flat, steps = weight.flatten(), torch.ones(len(widths))
+    symbols, tiers = torch.zeros_like(flat, dtype=torch.int32), torch.zeros_like(flat).byte()
+    for tier, members in enumerate(torch.tensor_split(order, ends)):
         tiers[members] = tier
         if widths[tier] and len(members):
             top = largest(widths[tier])
-            steps[tier] = best_steps(flat[None, members], top)
+            steps[tier] = best_step(flat[members], top)
             symbols[members] = nearest(flat[members], steps[tier], top).int()
     return Codes(symbols.reshape(weight.shape), steps, "tier", tiers.reshape(weight.shape))

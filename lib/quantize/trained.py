@@ -8,16 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import moments
 from ..finetune import finetune
-from ..inputs import ready, split
-from ..moments import Layer, hooked, input_moments, layers_of, patches_of, weight_name
 from ..prune import Removed
 from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
-from .ratedistortion import Problem, rd_step
+from .ratedistortion import Problem, RateDistortion
 from .sequential import Sequential
-from .uniform import uniform
 
 EVERY = 4  # steps between assignments
 
@@ -65,17 +63,14 @@ class Grid:
 def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Mean patch [groups, d] that each layer with known inputs reads, by weight name."""
     network = copy.deepcopy(network).eval()
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
 
-    def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        patches = patches_of(layer, inputs[0])
-        sums.setdefault(weight_name(path), []).append(patches.sum(2))  # [groups, d + 1]
+    def add(path: str, layer: moments.Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        total = moments.patches_of(layer, inputs[0]).sum(2)  # [groups, d + 1]
+        sums[path] = sums.get(path, torch.zeros_like(total)) + total
 
-    with hooked(network, layers_of(network), add), torch.no_grad():
-        for batch in split(images, 50):
-            network(ready(batch, network))
-    totals = {name: torch.stack(parts).sum(0) for name, parts in sums.items()}
-    return {name: total[:, :-1] / total[:, -1:] for name, total in totals.items()}
+    moments.watch(network, images, moments.layers_of(network), add)
+    return {moments.weight_name(p): total[:, :-1] / total[:, -1:] for p, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class InTraining(Quantizer):
 
     trains: ClassVar[bool] = True
     steps: int = 1000
-    rate: float = 0.005
+    rate: float = 0.015
 
     def __post_init__(self) -> None:
         check(self.steps > 0, f"steps must be positive, not {self.steps}")
@@ -119,7 +114,7 @@ class InTraining(Quantizer):
         """
         assert removed.train is not None
         network, codes, grids = self.start(removed, prepared, images)
-        fixed = {name: network.get_parameter(name).detach().clone() for name in codes}
+        fixed = {n: c.decode().to(network.get_parameter(n)) for n, c in codes.items()}
         for name, grid in grids.items():
             grid.start(network.get_parameter(name).detach())
 
@@ -133,10 +128,9 @@ class InTraining(Quantizer):
                     grid.assign(values[name], min(1.0, 2 * step / self.steps))
                 new[name] = grid.symbols * grid.step
                 if name in means and (bias := values.get(biases[name])) is not None:
-                    rows = (values[name] - new[name]).reshape(
-                        len(means[name]), -1, means[name][0].numel()
-                    )
-                    new[biases[name]] = bias + (rows @ means[name][..., None]).flatten()
+                    mean = means[name][..., None]  # [groups, d, 1]
+                    rows = (values[name] - new[name]).reshape(len(mean), -1, mean.shape[1])
+                    new[biases[name]] = bias + (rows @ mean).flatten()
             return new
 
         # gradients need no more than the ten bits of TF32, where there is such a thing
@@ -163,9 +157,8 @@ class Trained(InTraining, Sequential):
     Attributes
     ----------
     coded : bool
-        Start from the network coded layer after layer, or from its weights as they are. The
-        first suits deep networks, which rounding to the nearest would ruin at once; in the second
-        more weights end at zero.
+        Start from the network coded layer after layer rather than from its weights as they are,
+        which ends with more zeros.
 
     Notes
     -----
@@ -182,7 +175,7 @@ class Trained(InTraining, Sequential):
     al. 2013 (arXiv 1308.3432), section 4 (straight-through estimator).
     """
 
-    coded: bool = True
+    coded: bool = False
 
     def __post_init__(self) -> None:
         InTraining.__post_init__(self)
@@ -190,34 +183,30 @@ class Trained(InTraining, Sequential):
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """What ``Sequential`` needs, and the moments of inputs in the uncoded network."""
-        moments = input_moments(removed.network, images, centered=True)
-        return replace(super().prepare(removed, images, labels), moments=moments)
+        seen = moments.input_moments(removed.network, images, centered=True)
+        return replace(super().prepare(removed, images, labels), moments=seen)
 
     def start(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
         """Grids of all layers whose inputs have a known moment; the others get eight bits."""
+        network = copy.deepcopy(removed.network)
         if self.coded:
             network, codes = Sequential.store(self, removed, prepared, images)
         else:
-            network, codes = copy.deepcopy(removed.network), {}
+            weights = {name: network.get_parameter(name).detach() for name in removed.masks}
+            codes = RateDistortion.codes(self, weights, removed.masks, prepared)
         lam, grids = self.price * prepared.damage, {}
-        for name, mask in removed.masks.items():
-            weight = network.get_parameter(name).detach()
-            if name not in prepared.moments:
-                codes[name] = codes.get(name) or uniform(weight, 8, mask=mask)
-                weight.copy_(codes[name].decode())
-                continue
-            moment, units = prepared.moments[name], prepared.units[name]
-            code = codes.pop(name, None)
-            step = float(code.grid) if code else rd_step(weight, moment, units, lam)
-            energy = moment.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, weight[0].numel())
-            damage = step**2 * units.to(energy).reshape(len(energy), -1, 1) * energy
+        for name in [name for name in codes if name in prepared.moments]:
+            weight, step = network.get_parameter(name).detach(), float(codes.pop(name).grid)
+            energy = prepared.moments[name].diagonal(dim1=-2, dim2=-1)  # [d] or [groups, d]
+            energy = energy.reshape(-1, 1, weight[0].numel())
+            damage = prepared.units[name].to(energy).reshape(len(energy), -1, 1) * energy
             grids[name] = Grid(
                 step,
                 math.ceil(1.5 * float(weight.abs().max()) / step) + 1,
-                damage.reshape(weight.shape).to(weight),
+                (step**2 * damage).reshape(weight.shape).to(weight),
                 lam,
-                mask.to(weight.device),
+                removed.masks[name].to(weight.device),
             )
         return network, codes, grids

@@ -38,44 +38,28 @@ class Uniform(Quantizer):
         return {n: uniform(w, round(self.bits), mask=masks[n]) for n, w in weights.items()}
 
 
-def uniform(
-    weight: Tensor, bits: int, *, mask: Tensor | None = None, per_channel: bool = False
-) -> Codes:
+def uniform(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:
     """Quantize to a symmetric uniform grid of the step with the least squared error.
 
     Parameters
     ----------
     weight : Tensor
-        Float weights; the first dimension is the output channel.
+        Float weights of any shape.
     bits : int
         Width, 1 to 8. The symbols are the integers of [−(2^(bits−1) − 1), 2^(bits−1) − 1]; with
         one bit they are the signs −1 and 1, and only weights that are zero or masked get 0.
     mask : Tensor, optional
         bool, shaped like the weight, True = kept; the others decode to zero.
-    per_channel : bool
-        One step for each output channel instead of one for the tensor.
-
-    Returns
-    -------
-    Codes
-        Of kind "uniform" or "channel".
 
     Raises
     ------
     ValueError
         If the weight is not finite, the mask does not fit or the width is outside [1, 8].
-
-    Notes
-    -----
-    The step is searched over clipping points, then alternated with the symbols, as in Lloyd's
-    algorithm: for given symbols s the best step is Σ w s / Σ s².
     """
     weight = kept_weight(weight, mask)
     check(1 <= bits <= 8, f"bits must lie in [1, 8], not {bits}")
-    rows = weight.reshape(len(weight), -1) if per_channel else weight.reshape(1, -1)
-    steps = best_steps(rows, largest(bits))
-    symbols = nearest(rows, steps[:, None], largest(bits)).reshape(weight.shape)
-    return Codes(symbols.int(), steps, "channel" if per_channel else "uniform")
+    step = best_step(weight.flatten(), largest(bits))
+    return Codes(nearest(weight, step, largest(bits)).int(), step[None], "uniform")
 
 
 def largest(bits: int) -> int:
@@ -83,20 +67,24 @@ def largest(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def best_steps(rows: Tensor, top: int) -> Tensor:
-    """Storable steps [r] of least squared error for rows of weights [r, n], symbols up to top."""
-    top_value = rows.abs().amax(1, keepdim=True)
-    best, error = top_value, torch.full_like(top_value, math.inf)
+def best_step(weights: Tensor, top: int) -> Tensor:
+    """Storable step of least squared error for weights [n] and symbols up to top.
+
+    It is searched over clipping points, then alternated with the symbols, as in Lloyd's algorithm:
+    for given symbols s the best step is Σ w s / Σ s².
+    """
+    best = limit = weights.abs().max()
+    error = torch.tensor(math.inf)
     for clip in CLIPS:
-        step = storable(top_value * clip / max(1, top))
-        trial = (rows - step * nearest(rows, step, top)).square().sum(1, keepdim=True)
+        step = storable(limit * clip / max(1, top))
+        trial = (weights - step * nearest(weights, step, top)).square().sum()
         best, error = torch.where(trial < error, step, best), torch.minimum(trial, error)
     for _ in range(5):
-        symbols = nearest(rows, best, top)
-        energy = symbols.square().sum(1, keepdim=True)
-        step = storable((rows * symbols).sum(1, keepdim=True) / energy.clamp(min=1))
+        symbols = nearest(weights, best, top)
+        energy = symbols.square().sum()
+        step = storable((weights * symbols).sum() / energy.clamp(min=1))
         best = torch.where(energy > 0, step, best)
-    return torch.where(top_value > 0, best, 1).squeeze(1)
+    return torch.where(limit > 0, best, 1)
 
 
 def nearest(weight: Tensor, step: Tensor, top: int) -> Tensor:

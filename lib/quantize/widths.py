@@ -11,7 +11,7 @@ from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like
 from .quantizer import Quantizer
-from .uniform import best_steps
+from .uniform import best_step
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -55,59 +55,29 @@ class LayerWidths(Quantizer):
         return {n: kmeans(w, widths[n], mask=masks[n]) for n, w in weights.items()}
 
 
-def kmeans(
-    weight: Tensor, bits: int, *, mask: Tensor | None = None, importance: Tensor | None = None
-) -> Codes:
-    """Share weights: a codebook by k-means, plain or weighted by importance.
+def kmeans(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:
+    """Share weights: a codebook of at most 2^bits values besides zero, 1 to 8 bits, by k-means.
 
-    Parameters
-    ----------
-    weight : Tensor
-        Float weights.
-    bits : int
-        Width, 1 to 8: at most 2^bits values besides zero.
-    mask : Tensor, optional
-        bool, shaped like the weight, True = kept; the others decode to zero.
-    importance : Tensor, optional
-        Non-negative, shaped like the weight: what a squared error of each weight costs.
-
-    Returns
-    -------
-    Codes
-        Of kind "codebook"; the values ascend after the zero in front. Kept weights go to the
-        nearest value, which may be the zero.
-
-    Raises
-    ------
-    ValueError
-        If an input is not finite or does not fit, or the width is outside [1, 8].
+    Arguments and errors as of :func:`uniform`. The values ascend after the zero in front; kept
+    weights go to the nearest value, which may be the zero.
 
     Notes
     -----
-    Lloyd's algorithm minimises Σ_i h_i (w_i − c_{s_i})² with one value held at zero, started at
-    the best uniform levels, so that no randomness enters. More than 2^16 different weights
-    are clustered as 2^14 bins, each at its weighted mean.
+    Lloyd's algorithm minimises Σ_i (w_i − c_{s_i})² with one value held at zero, started at the
+    best uniform levels, so that no randomness enters. More than 2^16 different weights are
+    clustered as 2^14 bins, each at its mean.
 
     References
     ----------
     Han, Mao, Dally: Deep Compression, ICLR 2016, eq. 2, section 3 (linear initialisation).
-    Sabih, Hannig, Teich, arXiv:2008.09072: centroids weighted by DeepLIFT importance; that the
-    importance is the weight of the squared error is our reading.
     """
     kept, weight = mask_like(weight, mask), kept_weight(weight, mask)
     check(1 <= bits <= 8, f"bits must lie in [1, 8], not {bits}")
-    cost = torch.ones_like(weight) if importance is None else importance.detach().float().cpu()
-    check(
-        cost.shape == weight.shape,
-        f"importance is {list(cost.shape)}, the weight is {list(weight.shape)}",
-    )
-    check(bool((cost >= 0).all() & cost.isfinite().all()), "importance is negative or not finite")
-    cost = cost + 1e-6 * cost.mean() if cost.any() else torch.ones_like(weight)
-    points, masses = _histogram(weight[kept].double(), cost[kept].double())
+    points, counts = _histogram(weight[kept].double())
     top = 2 ** (bits - 1)
-    levels = torch.arange(-top, top + 1) * best_steps(weight.reshape(1, -1), top).double()
+    levels = torch.arange(-top, top + 1) * best_step(weight.flatten(), top).double()
     few = points.count_nonzero() <= 2 * top
-    levels = (points if few else _lloyd(points, masses, levels)).half().float()
+    levels = (points if few else _lloyd(points, counts, levels)).half().float()
     values = levels[levels != 0].unique()
     grid = torch.cat([torch.zeros(1).to(values), values])
     ascending, order = grid.sort()
@@ -116,34 +86,15 @@ def kmeans(
 
 
 def layer_widths(
-    importance: dict[str, float],
-    numel: dict[str, int],
-    mean_bits: float,
+    importance: dict[str, float], numel: dict[str, int], mean_bits: float,
     choices: Sequence[int] = (2, 3, 4, 5, 6, 8),
-) -> dict[str, int]:
-    """Choose one integer width for each layer by importance.
+) -> dict[str, int]:  # fmt: skip
+    """Choose one integer width for each layer by importance, Σ widths·numel ≤ mean_bits·Σ numel.
 
-    Parameters
-    ----------
-    importance : dict of float
-        Non-negative, what a squared error of one of the layer's weights costs.
-    numel : dict of int
-        Number of weights of the same layers.
-    mean_bits : float
-        Most bits a weight on average over the network.
-    choices : sequence of int
-        Permitted widths.
-
-    Returns
-    -------
-    dict of int
-        A width for each layer, Σ widths·numel ≤ mean_bits·Σ numel.
-
-    Raises
-    ------
-    ValueError
-        If the names differ, an importance is negative or not finite, or even the least widths
-        exceed the mean.
+    The importance, non-negative, is what a squared error of one of the layer's weights costs,
+    ``numel`` the number of its weights, ``choices`` are the permitted widths. ValueError if the
+    names differ, an importance is negative or not finite, or even the least widths exceed the
+    mean.
 
     Notes
     -----
@@ -176,13 +127,13 @@ def layer_widths(
     return chosen
 
 
-def _lloyd(points: Tensor, masses: Tensor, levels: Tensor) -> Tensor:
-    """Ascending levels [k] of least weighted squared error for points [n]; level zero stays."""
+def _lloyd(points: Tensor, counts: Tensor, levels: Tensor) -> Tensor:
+    """Ascending levels [k] of least squared error for counted points [n]; level zero stays."""
     fixed = levels == 0
     for _ in range(100):
         place = torch.bucketize(points, (levels[1:] + levels[:-1]) / 2)
-        total = torch.bincount(place, masses, len(levels))
-        means = torch.bincount(place, masses * points, len(levels)) / total
+        total = torch.bincount(place, counts, len(levels))
+        means = torch.bincount(place, counts * points, len(levels)) / total
         means = torch.where(fixed | (total == 0), levels, means)
         if torch.equal(means, levels):
             break
@@ -190,12 +141,12 @@ def _lloyd(points: Tensor, masses: Tensor, levels: Tensor) -> Tensor:
     return levels
 
 
-def _histogram(values: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct values with their masses; many are merged to bins at their weighted means."""
-    points, place = values.unique(return_inverse=True)
-    if len(points) > 2**16:
-        low, high = points[0], points[-1]
-        place = ((values - low) / (high - low) * (2**14 - 1)).round().long()
-    total = torch.bincount(place, masses)
-    points = torch.bincount(place, masses * values)[total > 0] / total[total > 0]
-    return points, total[total > 0]
+def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct values and how often each is there; many are merged to bins at their means."""
+    points, counts = values.unique(return_counts=True)
+    if len(points) <= 2**16:
+        return points, counts
+    low, high = points[0], points[-1]
+    place = ((values - low) / (high - low) * (2**14 - 1)).round().long()
+    counts = torch.bincount(place)
+    return torch.bincount(place, values)[counts > 0] / counts[counts > 0], counts[counts > 0]
