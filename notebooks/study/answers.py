@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import lessons
+from . import claims, lessons
 from .names import network, place
 from .paths import ROOT
 from .records import claims_in
@@ -140,6 +140,10 @@ def _precision(rows: list[dict]) -> str:
     )
 
 
+def _beyond(folder: Path) -> str:
+    return claims.answer(pd.read_csv(folder / "bd-rates.csv").assign(why=""))
+
+
 def _ingredients(rows: list[dict]) -> str:
     held: dict[str, list[bool]] = {}
     for row in rows:
@@ -226,5 +230,5 @@ ANSWERS = {
 }
 """By notebook: from the rows of its claims to a sentence."""
 
-FROM_TABLES = {"07-which-settings": _settings}
+FROM_TABLES = {"06-beyond": _beyond, "07-which-settings": _settings}
 """By notebook without claims: from the folder of its tables to a sentence."""

@@ -219,6 +219,22 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
     return claims + size_claims(pd.concat([table, standard]), "C7", ours)
 
 
+def in_training(learned: pd.DataFrame) -> list[Claim]:
+    """C6 among ways of weighing units in training, and C1 to C3 against ECQx, from ``trained``."""
+    pairs = {
+        f"{what}, in training, needs no larger file than {other}": (
+            f"{name}, trained", f"{other}, trained"
+        )
+        for what, name in WAYS.items()
+        for other in CRITERIA
+    }  # fmt: skip
+    ours = [f"{name}, trained" for name in WAYS.values()]
+    return [
+        *size_claims(learned, "C6", pairs),
+        *headline(learned, ours, ["ECQx"], "against ECQx, both trained"),
+    ]
+
+
 def answer(rates: pd.DataFrame) -> str:
     """What `06-beyond` found, in a sentence, from ``bd_rates`` of its pairs."""
     root = "lrp root, sequential"
@@ -276,7 +292,7 @@ def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict
         "03-pruning": lambda: pruning(read("removal"), steps),
         "04-mixed-precision": lambda: precision(read("tiers"), read("rate-distortion")),
         "05-xai-baseline": lambda: against_baseline(read("headline"), read("criteria")),
-        "06-beyond": lambda: beyond(read("sequential"), read),
+        "06-beyond": lambda: beyond(read("sequential"), read) + in_training(read("trained")),
         "07-which-ingredient": lambda: ablations(read("ablation-rule")),
     }
     notebooks = dict.fromkeys(row["notebook"] for row in rows)

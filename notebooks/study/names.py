@@ -39,6 +39,8 @@ WAYS = {"tiers by ": "tiers: ", "units by ": "units: ", "units ": "units: "}
 
 CHANGES = {"root:": "√ {}", "shuffled:": "{}, dealt out at random", "reversed:": "{}, in reverse"}
 
+STAGES = {", sequential": ", layer after layer", ", trained": ", in training"}
+
 PARTS = {
     "epsilon": "ε", "zplus": "z⁺", "gamma": "γ", "alpha2beta1": "α2β1",
     "target": "true class", "contrastive": "contrastive", "softmax-gradient": "softmax",
@@ -89,7 +91,9 @@ def readable(name: str) -> str:
     parts = name.split("/")
     if all(part in PARTS for part in parts):
         return ", ".join(PARTS[part] for part in parts)
-    first, comma, rest = name.replace("sequential", "layer after layer").partition(", ")
+    for word, said in STAGES.items():
+        name = name.replace(word, said)
+    first, comma, rest = name.partition(", ")
     return CRITERIA.get(first, first) + comma + rest
 
 

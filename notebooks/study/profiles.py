@@ -30,6 +30,8 @@ class Profile:
         validation split.
     slow : tuple of str
         Models that ablations leave out, since they take hours there.
+    untrained : tuple of str
+        Models that quantizers which train leave out, since they take hours without a GPU.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -41,6 +43,7 @@ class Profile:
     kept: dict[str, tuple[float, ...]]
     optimisers: dict[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
 
 
 def _prices(steps: Iterable[float], per_decade: int = 4) -> tuple[float, ...]:
@@ -89,8 +92,6 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
-                "Trained": _prices((5, 6, 7)),
-                "ECQx": _prices((6, 7, 8), 2),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
@@ -98,13 +99,12 @@ PROFILES = {
                 "layers": (2, 2.5, 3, 4),
                 "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
                 "Sequential": _prices((6, 7.5, 9, 10.5, 12), 8),
-                "Trained": _prices((6, 7, 8)),
-                "ECQx": _prices((12, 13, 14)),
             },
         },
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
+        untrained=("resnet20", "vgg16"),
     ),
 }
 
