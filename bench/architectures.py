@@ -38,7 +38,7 @@ TABLE, SUMMARY = HERE / "architectures.csv", HERE / "ARCHITECTURES.md"
 COLUMNS = ("model", "weights", "input", "scored", "why", "difference", "values", "compressed",
            "loaded", "onnx", "seconds")  # fmt: skip
 CLOSE = 1e-4  # relative difference of a weight's scores; models that round to float32 have 1e-5
-SAME = 1e-5  # of logits computed in two processes
+SAME = 1e-4  # of logits computed in two processes, relative to how they vary over inputs
 
 
 def logits_of(out):
@@ -99,7 +99,7 @@ def load(name: str, folder: Path, note) -> None:
     again = Compressed.load(folder / "model.xaic").to_model(network)
     wanted = torch.load(folder / "logits.pt")
     with torch.no_grad():
-        gap = float((again(inputs) - wanted).abs().max() / wanted.abs().max())
+        gap = float((again(inputs) - wanted).abs().max() / (wanted - wanted.mean(0)).abs().max())
     note(loaded="yes" if gap <= SAME else f"DIFFERS by {gap:.1g}")
 
 
