@@ -16,8 +16,10 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-VIEWS = set("""t transpose permute view _unsafe_view reshape unsqueeze squeeze expand clone _to_copy
-    slice select split split_with_sizes getitem alias detach contiguous""".split())
+VIEWS = set(
+    """t transpose permute view _unsafe_view reshape unsqueeze squeeze expand clone _to_copy
+    slice select split split_with_sizes getitem alias detach contiguous""".split()
+)
 AFFINE = VIEWS | {"add", "sub", "rsub", "mul", "div"}
 RESTING = {"sigmoid": 0.5, "hardsigmoid": 0.5, "tanh": 0.0, "erf": 0.0}  # value at zero
 ELEMENTWISE = {*RESTING, *"""relu gelu silu mish elu selu celu leaky_relu hardswish hardtanh

@@ -45,12 +45,21 @@ TIMM = """beit_base_patch16_224 botnet26t_256 caformer_s18 cait_xxs24_224 coat_l
 # Options of configurations that have one, and the value they get.
 SMALL = [
     (32, "hidden_size d_model n_embd embedding_size emb_dim word_embed_proj_dim conv_dim"),
-    (2, """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
-        num_decoder_layers num_key_value_heads eos_token_id"""),
-    (4, """num_attention_heads n_head n_heads num_heads encoder_attention_heads
-        decoder_attention_heads"""),
-    (64, """intermediate_size encoder_ffn_dim decoder_ffn_dim d_ff ffn_dim n_inner ffn_hidden_size
-        max_position_embeddings n_positions max_source_positions"""),
+    (
+        2,
+        """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_decoder_layers num_key_value_heads eos_token_id""",
+    ),
+    (
+        4,
+        """num_attention_heads n_head n_heads num_heads encoder_attention_heads
+        decoder_attention_heads""",
+    ),
+    (
+        64,
+        """intermediate_size encoder_ffn_dim decoder_ffn_dim d_ff ffn_dim n_inner ffn_hidden_size
+        max_position_embeddings n_positions max_source_positions""",
+    ),
     (8, "d_kv head_dim"),
     (100, "vocab_size"),
     (0, "pad_token_id decoder_start_token_id"),
@@ -175,7 +184,10 @@ def _transformer(kind: str) -> Iterator:
         if cls.main_input_name == "pixel_values":
             for size in SIZES:
                 fixed = {"image_size": size} if "image_size" in known else {}
-                yield lambda m=make, o=made | fixed: m(o), _images(size, known.get("num_channels", 3))
+                yield (
+                    lambda m=make, o=made | fixed: m(o),
+                    _images(size, known.get("num_channels", 3)),
+                )
         elif cls.main_input_name == "input_ids":
             yield make, ids
         else:
