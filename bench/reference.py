@@ -16,15 +16,15 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-VIEWS = set(
-    """t transpose permute view _unsafe_view reshape unsqueeze squeeze expand clone _to_copy
-    slice select split split_with_sizes getitem alias detach contiguous""".split()
-)
+_VIEWS = """t transpose permute view _unsafe_view reshape unsqueeze squeeze expand clone _to_copy
+    slice select split split_with_sizes getitem alias detach contiguous"""
+_ELEMENTWISE = """relu gelu silu mish elu selu celu leaky_relu hardswish hardtanh softplus
+    log_sigmoid_forward clamp clamp_min clamp_max hardshrink softshrink sqrt relu6 square threshold
+    prelu _prelu_kernel abs log1p expm1 atan"""
+VIEWS = set(_VIEWS.split())
 AFFINE = VIEWS | {"add", "sub", "rsub", "mul", "div"}
 RESTING = {"sigmoid": 0.5, "hardsigmoid": 0.5, "tanh": 0.0, "erf": 0.0}  # value at zero
-ELEMENTWISE = {*RESTING, *"""relu gelu silu mish elu selu celu leaky_relu hardswish hardtanh
-    softplus log_sigmoid_forward clamp clamp_min clamp_max hardshrink softshrink sqrt relu6
-    square threshold prelu _prelu_kernel""".split()}  # fmt: skip
+ELEMENTWISE = {*RESTING, *_ELEMENTWISE.split()}
 PRODUCTS = {"mul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2),
             "addcmul": (1, 2), "convolution": (0, 1), "dot": (0, 1), "mv": (0, 1)}  # fmt: skip
 
@@ -90,7 +90,9 @@ class _Modified(fx.Interpreter):
             node.target = torch.ops.aten.reshape.default  # strides differ here from the trace's
         if name in VIEWS and node.args[0] in self.weights:
             self.weights.add(node)
-        active = [_active(a) and n not in self.weights for a, n in zip(args, node.args)]
+        active = [
+            _active(a) and n not in self.weights for a, n in zip(args, node.args, strict=True)
+        ]
         if not any(active) and not any(map(_active, _flat(args))):
             return node.target(*args, **kwargs)
         if name in ELEMENTWISE or (name == "pow" and _positive(args[1])):
