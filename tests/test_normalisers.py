@@ -57,6 +57,7 @@ RMS_NORMS = {
     "reciprocal": lambda h, _: h * rms(h).sqrt().reciprocal(),
     "one divided": lambda h, _: h * (1 / rms(h).sqrt()),
     "square of itself": lambda h, _: h * ((h * h).mean(-1, keepdim=True) + EPS).rsqrt(),
+    "named": lambda h, _: torch.div(h, other=(h.pow(exponent=2).mean(-1, True) + EPS).sqrt()),
     "in place": lambda h, _: h.clone().div_(rms(h).sqrt()),
 }
 

@@ -204,8 +204,8 @@ def test_layers_that_do_not_run_have_no_relevance(aggregate):
 
 
 FLOORS = (
-    *("rules", "operations", "samples", "layers", "functions", "weights", "changes", "trace"),
-    *("collectors", "collect", "deeplift", "__init__"),
+    *("rules", "operations", "samples", "layers", "factors", "functions", "kinds", "weights"),
+    *("changes", "trace", "collectors", "collect", "deeplift", "__init__"),
 )
 
 

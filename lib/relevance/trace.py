@@ -9,10 +9,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import UnsupportedLayerError, full_precision, tensors
-from . import kinds
 from .changes import Changes, out_of_place
 from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of
 from .functions import LAYERS, NORMALISATIONS, spread
+from .kinds import (
+    ADVICE,
+    CONSTANTS,
+    ELEMENTWISE,
+    ELEMENTWISE_PRODUCTS,
+    FUSED,
+    GRADIENT,
+    KEPT,
+    LIKE,
+    PRODUCTS,
+    QUOTIENTS,
+    RECIPROCALS,
+    UNSEEN,
+)
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
@@ -122,7 +135,7 @@ class Propagation(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
         name = (func.__self__.__name__ if name == "__get__" else name).strip("_")
-        if name in kinds.UNSEEN or not any(True for _ in tensors((args, kwargs))):
+        if name in UNSEEN or not any(True for _ in tensors((args, kwargs))):
             return func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
         with ExitStack() as stack:
             stack.enter_context(full_precision())
@@ -135,7 +148,7 @@ class Propagation(TorchFunctionMode):
             if name in LAYERS or (name in NORMALISATIONS and not self.ordinary and not scored):
                 self._audit((args, kwargs))
                 result = {**LAYERS, **NORMALISATIONS}[name](self, *args, **kwargs)
-            elif scored and name not in kinds.CONSTANTS:
+            elif scored and name not in CONSTANTS:
                 result = used(self, func, name, args, kwargs)
             else:
                 result = self.applied(func, name, args, kwargs)
@@ -148,16 +161,18 @@ class Propagation(TorchFunctionMode):
 
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any:
         """The result of a function that is no layer."""
-        if name in kinds.LIKE:
+        for operand in ("other", "exponent"):
+            args = (*args, kwargs.pop(operand)) if operand in kwargs else args
+        if name in LIKE:
             args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
-        if self.ordinary or not tracked or name in kinds.CONSTANTS:
+        if self.ordinary or not tracked or name in CONSTANTS:
             return func(*args, **kwargs)
         func, args, kwargs, target = out_of_place(func, name, args, kwargs)
         result = self._propagate(func, name, len(tracked), args, kwargs)
         if target is not None:
             self.changes.note(target, result)
-        if name in kinds.KEPT and len(tracked) == 1 and isinstance(result, Tensor):
+        if name in KEPT and len(tracked) == 1 and isinstance(result, Tensor):
             for factor in (t.factor for t in tracked if hasattr(t, "factor")):
                 result.factor = factor.after(  # type: ignore[attr-defined]
                     func, args, kwargs, result
@@ -166,21 +181,22 @@ class Propagation(TorchFunctionMode):
 
     def carries(self, name: str) -> bool:
         """Whether relevance passes a function to each of its arguments alike."""
-        return name in kinds.GRADIENT or name in kinds.ELEMENTWISE
+        return name in GRADIENT or name in ELEMENTWISE
 
     def _propagate(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Any:
-        if name in kinds.FUSED:
-            product, scale = kinds.FUSED[name]
+        if name in FUSED:
+            product, scale = FUSED[name]
             count = _tracked(args[1:])
             term = (
                 self._propagate(product, product.__name__, count, args[1:], {})
                 if count else product(*args[1:])
             )  # fmt: skip
             return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
-        constant = name in kinds.QUOTIENTS and not _tracked(args[:1])
-        if constant or name in kinds.RECIPROCALS or (name == "pow" and _negative(args[1])):
+        constant = name in QUOTIENTS and not _tracked(args[:1])
+        power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
+        if constant or name in RECIPROCALS or (power and not _positive(args[1])):
             return self._reciprocal(func, name, args, kwargs)
-        if name in kinds.ELEMENTWISE or (name == "pow" and not _tracked(args[1:])):
+        if name in ELEMENTWISE or power:
             with torch.no_grad():
                 out = func(*args, **kwargs)
             x = args[0] if args else kwargs["input"]
@@ -190,18 +206,18 @@ class Propagation(TorchFunctionMode):
             return result
         if name in ("add", "radd"):
             args = spread(self, args)
-        if name in kinds.GRADIENT:
+        if name in GRADIENT:
             return func(*args, **kwargs)
         if name == "var":  # of degree two: its gradient would bring twice its relevance
             return self.half(func(*args, **kwargs))
-        if name in kinds.QUOTIENTS:
+        if name in QUOTIENTS and kwargs.get("rounding_mode") is None:
             divisor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
             return func(args[0], divisor, *args[2:], **kwargs)
-        if name in kinds.PRODUCTS:
+        if name in PRODUCTS:
             return self._product(func, name, tracked, args, kwargs)
         result = None if name in ("item", "tolist", "numpy") else func(*args, **kwargs)
         if result is None or any(t.is_floating_point() for t in tensors(result)):
-            raise self.refuse(f"{name!r}", kinds.ADVICE.get(name, ""))
+            raise self.refuse(f"{name!r}", ADVICE.get(name, ""))
         return result
 
     def _product(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Tensor:
@@ -209,7 +225,7 @@ class Propagation(TorchFunctionMode):
             raise self.refuse(f"a product of {tracked} activations")
         if tracked < 2:
             return func(*args, **kwargs)
-        if name in kinds.ELEMENTWISE_PRODUCTS:
+        if name in ELEMENTWISE_PRODUCTS:
             for kind in (Normaliser, Gate):
                 first, second = (factor_of(t, kind) for t in args[:2])
                 if first is None and second is not None:
@@ -277,5 +293,5 @@ def _tracked(values: Any) -> int:
     return sum(t.requires_grad for t in tensors(values))
 
 
-def _negative(exponent: Any) -> bool:
-    return bool((torch.as_tensor(exponent).detach() < 0).any())
+def _positive(exponent: Any) -> bool:
+    return bool((torch.as_tensor(exponent) > 0).all())
