@@ -19,6 +19,7 @@ from ..moments import (
     warn_of,
     weight_name,
 )
+from ..progress import done
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check
@@ -80,6 +81,7 @@ class Sequential(RateDistortion):
                 weight = network.get_parameter(name)
                 codes[name] = uniform(weight, 8, mask=masks[name])
                 weight.copy_(codes[name].decode())
+                done(name)
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
             name = weight_name(path)
@@ -102,6 +104,7 @@ class Sequential(RateDistortion):
                 bias = layer.bias + left.to(layer.bias.dtype)
                 halved = bias.half()  # as it will be stored, so that later layers see it
                 layer.bias.copy_(halved if halved.isfinite().all() else bias)
+            done(name)
 
         names = {path for name, path in paths.items() if name in masks}
         change_in_order(removed.folded.network, network, images, names, change)
