@@ -27,6 +27,7 @@ class Forward(Protocol):
 
     collector: Collector
     anchor: Tensor
+    leaves: dict[Key, Tensor]
 
     def layer(
         self, a: Tensor, w: Tensor, b: Tensor | None, operation: Operation, key: Key | None = None
@@ -96,6 +97,19 @@ def look_up(mode: Forward, indices: Tensor, weight: Tensor, key: Key | None) -> 
     return rows
 
 
+def stored(mode: Forward, weight: Tensor, key: Key) -> Tensor:
+    """A weight from which the one of a layer is computed, connected to the collector once."""
+    if key in mode.leaves:
+        return mode.leaves[key]
+    every = torch.arange(len(weight), device=weight.device)
+    layer = Layer(Operation(), Rule(), mode.collector, key, None, stored=True)
+    mode.collector.use(layer, every)
+    value = Embed.apply(every, mode.anchor, weight, layer)  # like the weight
+    value.computed = True
+    mode.leaves[key] = value
+    return value
+
+
 def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     """Look rows that all samples share up once per sample where they are added to samples."""
     shared = [i for i, t in enumerate(summands) if hasattr(t, "lookup")]
@@ -114,6 +128,11 @@ def _batch_norm(
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5, *args: Any,
 ) -> Tensor:  # fmt: skip
+    if (mean is None or training) and getattr(input, "computed", False):
+        dims = (0, *range(2, input.dim()))  # of a weight: weight standardisation
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
+        return _affine(_standardise(input, dims, eps), weight, bias)
     if mean is None or training:
         raise mode.refuse("BatchNorm with batch statistics", "set track_running_stats")
     scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)  # [channels]
@@ -179,6 +198,10 @@ def _normalize(
     if out is not None:
         raise mode.refuse("normalize into a tensor given as out", "use what it returns")
     return input / input.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+def _weight_norm(mode: Forward, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v.detach(), 2, dim))
 
 
 def _attend(
@@ -270,5 +293,6 @@ NORMALISATIONS: dict[str, Callable] = {
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
     "normalize": _normalize,
+    "weight_norm": _weight_norm,
     "glu": _glu,
 }

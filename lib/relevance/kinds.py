@@ -24,7 +24,7 @@ _ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid hardswish hardsigmoi
     rrelu erf abs absolute sqrt square log1p expm1 atan local_response_norm"""
 GRADIENT, ELEMENTWISE = frozenset(_GRADIENT.split()), frozenset(_ELEMENTWISE.split())
 ELEMENTWISE_PRODUCTS = {"mul", "rmul", "multiply"}
-PRODUCTS = ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "mm", "einsum"}
+PRODUCTS = ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "mm", "mv", "dot", "vdot", "einsum"}
 QUOTIENTS = {"div", "divide", "truediv", "true_divide"}
 RECIPROCALS = {"rsqrt", "reciprocal", "rdiv", "rtruediv"}
 # A sum with a product: the product, and what multiplies it

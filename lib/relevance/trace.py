@@ -64,6 +64,7 @@ class Propagation(TorchFunctionMode):
         own = {id(p) for p in model.parameters()} - names.keys()
         self.fixed = {id(b) for b in model.buffers()} | own
         self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
+        self.leaves: dict[Key, Tensor] = {}
         self.changes, self.running = Changes(self.vouch), False
         self.path: list[str] = []
         self.visited: dict[str, Rule] = {}
@@ -84,6 +85,7 @@ class Propagation(TorchFunctionMode):
         self.visited.clear()
         self.vouched.clear()
         self.aliases.clear()
+        self.leaves.clear()
         self.changes = Changes(self.vouch)
         self.recording = torch.is_grad_enabled()
         self.running = True
@@ -152,6 +154,10 @@ class Propagation(TorchFunctionMode):
                 result = used(self, func, name, args, kwargs)
             else:
                 result = self.applied(func, name, args, kwargs)
+            if isinstance(result, Tensor) and name not in LAYERS:
+                tracked = [t for t in tensors((args, kwargs)) if t.requires_grad]
+                if tracked and all(hasattr(t, "computed") for t in tracked):
+                    result.computed = True  # type: ignore[attr-defined]
             return self.vouch(result)
 
     def vouch(self, result: Any) -> Any:
@@ -174,9 +180,8 @@ class Propagation(TorchFunctionMode):
             self.changes.note(target, result)
         if name in KEPT and len(tracked) == 1 and isinstance(result, Tensor):
             for factor in (t.factor for t in tracked if hasattr(t, "factor")):
-                result.factor = factor.after(  # type: ignore[attr-defined]
-                    func, args, kwargs, result
-                )
+                new = factor.after(func, args, kwargs, result)
+                result.factor = new  # type: ignore[attr-defined]
         return result
 
     def carries(self, name: str) -> bool:
@@ -194,7 +199,9 @@ class Propagation(TorchFunctionMode):
             return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
         constant = name in QUOTIENTS and not _tracked(args[:1])
         power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
-        if constant or name in RECIPROCALS or (power and not _positive(args[1])):
+        if power and not bool((torch.as_tensor(args[1]) > 0).all()):
+            constant = True
+        if constant or name in RECIPROCALS:
             return self._reciprocal(func, name, args, kwargs)
         if name in ELEMENTWISE or power:
             with torch.no_grad():
@@ -275,7 +282,7 @@ class Propagation(TorchFunctionMode):
             if at[1]:
                 raise refusal(self, at[0], "linear, transposed")
             return at[0]
-        if id(w) in self.fixed:
+        if id(w) in self.fixed or hasattr(w, "computed"):
             return None
         raise self.refuse(
             "a weight computed in the forward pass",
@@ -291,7 +298,3 @@ class Propagation(TorchFunctionMode):
 
 def _tracked(values: Any) -> int:
     return sum(t.requires_grad for t in tensors(values))
-
-
-def _positive(exponent: Any) -> bool:
-    return bool((torch.as_tensor(exponent) > 0).all())
