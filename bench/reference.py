@@ -111,6 +111,17 @@ class _Modified(fx.Interpreter):
                 return self._product(node, name, args, kwargs, first, second)
         if name in ("native_layer_norm", "native_group_norm"):
             return (_normalise(name, *args), None, None)
+        if name == "native_batch_norm" and args[5]:  # of a weight: weight standardisation
+            x, gain, shift, _, _, _, _, eps = args
+            dims = (0, *range(2, x.dim()))
+            centred = x - x.mean(dims, keepdim=True)
+            out = centred / (centred.detach().square().mean(dims, keepdim=True) + eps).sqrt()
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            out = out if gain is None else out * gain.view(shape)
+            return (out if shift is None else out + shift.view(shape)), None, None
+        if name == "_weight_norm_interface":
+            v, g, *dim = args
+            return v * (g / torch.norm_except_dim(v.detach(), 2, *dim)), None
         if name == "var":
             return _half(node.target(*args, **kwargs))
         if name == "glu":
