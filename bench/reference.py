@@ -21,6 +21,7 @@ _VIEWS = """t transpose permute view _unsafe_view reshape unsqueeze squeeze expa
 _ELEMENTWISE = """relu gelu silu mish elu selu celu leaky_relu hardswish hardtanh softplus
     log_sigmoid_forward clamp clamp_min clamp_max hardshrink softshrink sqrt relu6 square threshold
     prelu _prelu_kernel abs log1p expm1 atan"""
+LOOKUPS = {"embedding", "index", "index_select", "gather"}  # of activations, though in weights
 VIEWS = set(_VIEWS.split())
 AFFINE = VIEWS | {"add", "sub", "rsub", "mul", "div"}
 RESTING = {"sigmoid": 0.5, "hardsigmoid": 0.5, "tanh": 0.0, "erf": 0.0}  # value at zero
@@ -79,7 +80,8 @@ class _Modified(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, weights: int):
         super().__init__(graph, garbage_collect_values=False)
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self.weights = set(placeholders[:weights])  # and their views, as the pass meets them
+        self.weights = set(placeholders[:weights])  # and what is made of them alone
+        self.fed = set(placeholders[weights:])  # and what depends on the images
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op != "call_function":
@@ -88,8 +90,10 @@ class _Modified(fx.Interpreter):
         name = _name(node)
         if name in ("view", "_unsafe_view") and not isinstance(args[1], torch.dtype):
             node.target = torch.ops.aten.reshape.default  # strides differ here from the trace's
-        if name in VIEWS and node.args[0] in self.weights:
-            self.weights.add(node)
+        if self.fed.intersection(node.all_input_nodes):
+            self.fed.add(node)
+        elif name not in LOOKUPS and self.weights.intersection(node.all_input_nodes):
+            self.weights.add(node)  # a view of one, or computed from some
         active = [
             _active(a) and n not in self.weights for a, n in zip(args, node.args, strict=True)
         ]

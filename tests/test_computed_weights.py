@@ -111,6 +111,24 @@ def test_cosine_classifier_holds_the_length_of_its_rows_constant():
     torch.testing.assert_close(scores["5.weight"], weight_relevance(plain, x, y)["5.weight"])
 
 
+class Scaled(nn.Linear):
+    """A learning rate of its own, as in StyleGAN."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+def test_scaled_weights_score_as_those_they_make():
+    model, (x, y) = network(nn.Conv2d, Scaled(12, 3)), data()
+    plain = network(nn.Conv2d)
+    plain.load_state_dict(model.state_dict())
+    plain[5].weight.data *= 2
+    one, other = (weight_relevance(m, x, y) for m in (model, plain))
+    for name, score in one.items():
+        torch.testing.assert_close(score, other[name])
+    torch.testing.assert_close(input_relevance(model, x, y), input_relevance(plain, x, y))
+
+
 def test_what_has_no_meaning_for_stored_weights_is_refused_by_name():
     model, (x, y) = network(Standardised), data()
     with pytest.raises(UnsupportedLayerError, match="'0.weight'.*aggregate='sum'"):

@@ -19,6 +19,7 @@ SAME = {
 TURNED = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis"}
 LOOKUPS = {"getitem", "select", "index_select", "narrow"}
 PRODUCTS = {"matmul", "mm", "addmm"}
+MIXED = PRODUCTS | {"rmatmul", "bmm", "baddbmm", "einsum"}  # with images, which need no gradient
 
 
 class Following(Forward, Protocol):
@@ -83,7 +84,9 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
         args, kwargs = _replaced(mode, (args, kwargs), name, _rows_of)
         return mode.applied(func, name, args, kwargs)
     active = [t for t in tensors((args, kwargs)) if t.requires_grad and not hasattr(t, "computed")]
-    args, kwargs = _replaced(mode, (args, kwargs), name, None if active else stored)
+    args, kwargs = _replaced(
+        mode, (args, kwargs), name, None if active or name in MIXED else stored
+    )
     return mode.__torch_function__(func, (), args, kwargs)
 
 
