@@ -112,8 +112,8 @@ notebooks: env  ## store what `make reproduce` printed in the committed notebook
 	@$(RUN) study store-outputs
 
 lock:  ## pin anew all that pyproject.toml asks for (needs uv), and list the licences
-	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes pyproject.toml \
-	  --output-file requirements.lock
+	uv pip compile --universal --python-version 3.11 --extra onnx --extra study --extra test \
+	  --generate-hashes pyproject.toml --output-file requirements.lock
 	$(MAKE) env
 	$(VENV)/bin/python .ci/licences.py
 

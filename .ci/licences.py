@@ -36,6 +36,7 @@ def licence(package: Distribution) -> str:
 def main():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"lib": project["dependencies"], **project["optional-dependencies"]}
+    groups.pop("architectures")  # of one benchmark, and not in the lock
     rows = []
     for group, requirements in groups.items():
         for requirement in requirements:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import masks as masking
+from . import progress as reporting
 from . import repair
 from .advice import float_bytes, tensors_of, warn_if_ruined, warn_of_unscored
 from .codec import Compressed
@@ -83,6 +84,7 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
 
     It was prepared by a recipe that differs at most in its quantizer's knob.
     """
+    reporting.begin({name: mask.numel() for name, mask in prepared.removed.masks.items()})
     network, codes = recipe.store.store(prepared.removed, prepared.details, prepared.images)
     folded = prepared.removed.folded
     like = tensors_of(folded.model)
@@ -115,6 +117,7 @@ def compress(
     max_drop: float | None = None,
     seed: int = 0,
     output: Output | None = None,
+    progress: bool = False,
 ) -> Compressed:
     """Compress a network by a recipe.
 
@@ -143,6 +146,9 @@ def compress(
         Of the order in fine-tuning.
     output : callable, optional
         Takes what the model returns and gives its logits: ``output=lambda o: o.logits``.
+    progress : bool
+        Tell on one line of stderr how many layers of which file are coded, and the time left for
+        it; a budget takes several files.
 
     Returns
     -------
@@ -179,7 +185,8 @@ def compress(
     labels = labels.long()
     check_logits(probed(copied(model).eval(), images[:2]), labels)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
-    best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
+    with reporting.showing(progress):
+        best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
     warn_of_unscored(prepared.removed, best)
     warn_if_ruined(model, best, images, labels)
     return best

@@ -149,6 +149,10 @@ def check_batches(name: str, data: Batches | None) -> None:
     if isinstance(data, (str, Tensor, Mapping)) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise ValueError(f"{name} must be (images, labels) or a DataLoader, not a {kind}")
+    if isinstance(data, (tuple, list)) and any(isinstance(part, Tensor) for part in data):
+        raise ValueError(
+            f"{name} must be (images, labels) or batches of those, not {len(data)} parts"
+        )
     if isinstance(data, Iterator):
         raise ValueError(
             f"{name} can be read only once: give (images, labels), a list of batches or a "

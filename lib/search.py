@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from .codec import Compressed
 
@@ -26,6 +27,8 @@ class Budget:
         if len(found) > 1:
             raise ValueError(f"give one budget, not {' and '.join(name for name, _ in found)}")
         for name, value in found:
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and (value > 0 or name == "max_drop" and value == 0)):
                 raise ValueError(f"{name} must be a positive number, not {value}")
         if max_drop is not None and val is None:

@@ -206,6 +206,12 @@ def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, referen
         ({"bits": float("nan")}, "bits must be a positive number"),
         ({"ratio": -1}, "ratio must be a positive number"),
         ({"ratio": float("inf")}, "ratio must be a positive number"),
+        ({"ratio": "8"}, "ratio must be a number, not '8'"),
+        ({"bits": True}, "bits must be a number, not True"),
+        (
+            {"train": (torch.zeros(2), torch.zeros(2), torch.zeros(2))},
+            "train must be .*not 3 parts",
+        ),
         ({"max_drop": 1.0}, "give val="),
         ({"max_drop": -1.0}, "max_drop must be a positive number"),
         ({"recipe": "lrp-rd", "ratio": 1e6}, "ratio=1e.06 cannot be met.*smallest file has"),

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-ASKED = [*map(Requirement, PROJECT["dependencies"] + sum(EXTRAS.values(), []))]
+LOCKED = [names for extra, names in EXTRAS.items() if extra != "architectures"]  # of one benchmark
+ASKED = [*map(Requirement, PROJECT["dependencies"] + sum(LOCKED, []))]
 
 
 def read_lock():

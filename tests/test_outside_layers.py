@@ -240,8 +240,6 @@ REFUSED = {
     "transposed": lambda s, x: F.linear(s.a(x).relu(), s.a.weight.t())[:, :3],
     "not transposed": lambda s, x: (s.a(x).relu() @ s.a.weight)[:, :3],
     "einsum": lambda s, x: s.c(torch.einsum("ni,oi->no", x, s.a.weight).relu()),
-    "scaled": lambda s, x: s.c(F.linear(x, s.a.weight * 2).relu()),
-    "normalised": lambda s, x: s.c(F.linear(x, F.normalize(s.a.weight)).relu()),
 }
 
 

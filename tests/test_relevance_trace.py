@@ -114,15 +114,6 @@ def test_what_samples_share_is_refused_where_it_matters():
     weight_relevance(model, images, labels, aggregate="abs", batch_size=1)
 
 
-class Detour(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-
-    def forward(self, x):
-        return self.linear(x)
-
-
 @pytest.mark.parametrize(
     "body, advice",
     [
@@ -130,9 +121,8 @@ class Detour(nn.Module):
         (nn.LogSoftmax(-1), "logits"),
         (Call(lambda x: x * x * x.exp()), "exp"),
         (Call(lambda x: torch.einsum("ni,ni,ni->ni", x, x, x)), "3 activations"),
-        (Call(lambda x: x / x.norm()), "norm"),
+        (Call(lambda x: 1 / x), "divide that one"),
         (nn.Bilinear(6, 6, 6), "bilinear"),
-        (Detour(), "parametriz"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -144,7 +134,7 @@ def test_advice(body, advice):
         model.body = Call(lambda x: body(x)[0])
     with pytest.raises(UnsupportedLayerError, match=advice) as caught:
         weight_relevance(model, torch.randn(3, 4), torch.tensor([0, 1, 2]))
-    assert "'body" in str(caught.value) or "'body.linear" in str(caught.value)
+    assert "'body" in str(caught.value)
 
 
 def test_result_of_an_operation_in_place_need_not_be_used():
@@ -204,8 +194,8 @@ def test_layers_that_do_not_run_have_no_relevance(aggregate):
 
 
 FLOORS = (
-    *("rules", "operations", "samples", "layers", "functions", "weights", "changes", "trace"),
-    *("collectors", "collect", "deeplift", "__init__"),
+    *("rules", "operations", "samples", "layers", "factors", "functions", "kinds", "weights"),
+    *("changes", "trace", "collectors", "collect", "deeplift", "__init__"),
 )
 
 

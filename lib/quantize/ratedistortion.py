@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..moments import input_moments
+from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
@@ -76,7 +77,7 @@ class RateDistortion(Quantizer):
             )
             if name in prepared.moments
             else uniform(weight, 8, mask=masks[name])
-            for name, weight in weights.items()
+            for name, weight in each(weights.items())
         }
 
 

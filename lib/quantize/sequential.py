@@ -10,6 +10,7 @@ from .. import moments
 from ..leastsquares import Equations
 from ..lockstep import change_in_order, plan
 from ..moments import Layer, weight_name
+from ..progress import done
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check, halved
@@ -71,6 +72,7 @@ class Sequential(RateDistortion):
                 weight = network.get_parameter(name)
                 codes[name] = uniform(weight, 8, mask=masks[name])
                 weight.copy_(codes[name].decode())
+                done(name)
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
             name = weight_name(path)
@@ -92,6 +94,7 @@ class Sequential(RateDistortion):
                 left = ((total - equations.outputs()) / equations.count).flatten()
                 # as it will be stored, so that later layers see it
                 layer.bias.copy_(halved(layer.bias + left.to(layer.bias.dtype)))
+            done(name)
 
         names = {path for name, path in paths.items() if name in masks}
         change_in_order(removed.folded.network, network, images, names, change)

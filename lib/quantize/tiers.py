@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from ..progress import each
 from ..prune import Removed
 from ..score import By, Scores, criterion
 from .codes import Codes, check, kept_weight, mask_like
@@ -54,7 +55,7 @@ class Tiers(Quantizer):
         shares = tier_shares(prepared, masks, self.widths, self.bits)
         return {
             n: score_tiers(w, prepared[n], widths=self.widths, shares=shares[n], mask=masks[n])
-            for n, w in weights.items()
+            for n, w in each(weights.items())
         }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..progress import each
 from .codes import Codes, check, kept_weight, storable
 from .quantizer import Quantizer
 
@@ -35,7 +36,7 @@ class Uniform(Quantizer):
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any
     ) -> dict[str, Codes]:
         """See ``uniform``."""
-        return {n: uniform(w, round(self.bits), mask=masks[n]) for n, w in weights.items()}
+        return {n: uniform(w, round(self.bits), mask=masks[n]) for n, w in each(weights.items())}
 
 
 def uniform(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:

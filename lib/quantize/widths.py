@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like
@@ -52,7 +53,7 @@ class LayerWidths(Quantizer):
         """See ``layer_widths`` and ``kmeans``."""
         numel = {name: weight.numel() for name, weight in weights.items()}
         widths = layer_widths(prepared, numel, self.bits, WIDTHS)
-        return {n: kmeans(w, widths[n], mask=masks[n]) for n, w in weights.items()}
+        return {n: kmeans(w, widths[n], mask=masks[n]) for n, w in each(weights.items())}
 
 
 def kmeans(weight: Tensor, bits: int, *, mask: Tensor | None = None) -> Codes:

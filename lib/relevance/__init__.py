@@ -6,8 +6,8 @@ weight costs about one backward pass. Each file imports from those before it alo
 1. ``rules`` (how a layer shares relevance), ``operations`` (maps linear in input and weight),
    ``samples`` (where relevance starts, and the weights that are scored);
 2. ``layers``: autograd functions that carry relevance, and ``Collector``, what they report to;
-3. ``functions``, ``weights`` (outside of their layers), ``changes`` (in place), ``trace``: how the
-   calls of a forward pass are replaced by those;
+3. ``factors`` (gates and normalisers), ``functions``, ``kinds`` (all others, by name), ``weights``
+   (outside of their layers), ``changes`` (in place), ``trace``: how calls are replaced by those;
 4. ``collectors``, ``collect``: what is added up, and the run over all samples;
 5. ``deeplift``.
 """

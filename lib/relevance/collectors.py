@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor
 
+from ..inputs import UnsupportedLayerError
 from .layers import Collector, Key, Layer
 from .operations import Layout, Piece, find_samples, per_sample
 
@@ -71,9 +72,9 @@ class Sums(PerWeight):
         self.total(layer.place).addcmul_(w, grad)
 
     def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
-        width = w.shape[-1]
-        relevance = g.reshape(-1, width) * w.reshape(-1, width)  # [look-ups, width]
-        self.total(layer.place).index_add_(0, indices.reshape(-1), relevance)
+        total = self.total(layer.place)
+        relevance = (g * w).reshape(-1, *total.shape[1:])  # [look-ups, ...]
+        total.index_add_(0, indices.reshape(-1), relevance)
 
 
 class PerSample(PerWeight):
@@ -128,14 +129,14 @@ class PerSample(PerWeight):
     def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
         indices, g, w = (layer.by_sample(t, self.samples) for t in (indices, g, w))
         total = self.total(layer.place)
-        size, width = total.shape
+        size, width = len(total), total[0].numel()
         flat, g, w = indices.reshape(-1), g.reshape(-1, width), w.reshape(-1, width)
         sample = torch.arange(len(flat), device=flat.device) * self.samples // len(flat)
         pairs, where = torch.unique(sample * size + flat, return_inverse=True)
         # relevance of each pair of a sample and a row it looks up: [pairs, width]
         relevance = g.new_zeros(len(pairs), width).index_add_(0, where, g * w)
         relevance = relevance.abs() if self.power == 1 else relevance.square()
-        total.index_add_(0, pairs % size, relevance)
+        total.index_add_(0, pairs % size, relevance.view(-1, *total.shape[1:]))
 
 
 class Absolutes(PerSample):
@@ -157,9 +158,21 @@ class InputMoments(PerWeight):
 
     def use(self, layer: Layer, a: Tensor) -> None:
         if self.samples and layer.key:
+            _only_used(layer)
             name, first, last = layer.key
             squares = layer.operation.squares(a.detach(), self.weights[name][first:last])
             self.totals[name][first:last] += squares
+
+
+def _only_used(layer: Layer) -> None:
+    """Refuse stored weights that layers do not use as they are: these have no units or inputs."""
+    if layer.stored:
+        raise UnsupportedLayerError(
+            f"{layer.place[0]!r} is no weight of units: its layer multiplies by one that is "
+            "computed from it; choose a recipe without units and inputs (uniform, magnitude, "
+            "lrp-paper), or make the computed weight a parameter "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 class Units(Collected):
@@ -175,6 +188,7 @@ class Units(Collected):
         self._add(layer, squared, g.numel() // len(squared))
 
     def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
+        _only_used(layer)
         name, first, last = layer.place
         size, width = self.weights[name][first:last].shape
         flat = indices.reshape(-1)

@@ -6,7 +6,7 @@ Each takes the forward pass it is called in and the function's own arguments.
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import UnsupportedLayerError
+from .factors import Factor, Gate
 from .layers import Activate, Collector, Embed, Key, Layer
 from .operations import Operation
 from .rules import Rule
@@ -26,6 +27,7 @@ class Forward(Protocol):
 
     collector: Collector
     anchor: Tensor
+    leaves: dict[Key, Tensor]
 
     def layer(
         self, a: Tensor, w: Tensor, b: Tensor | None, operation: Operation, key: Key | None = None
@@ -33,7 +35,7 @@ class Forward(Protocol):
     def use(self, a: Tensor, operation: Operation, rule: Rule, key: Key | None) -> Layer: ...
     def key(self, w: Tensor) -> Key | None: ...
     def half(self, x: Tensor) -> Tensor: ...
-    def gated(self, signal: Tensor, gate: "Gate") -> Tensor: ...
+    def product(self, signal: Tensor, factor: Factor) -> Tensor: ...
     def refuse(self, what: str, advice: str = "") -> UnsupportedLayerError: ...
 
 
@@ -95,6 +97,19 @@ def look_up(mode: Forward, indices: Tensor, weight: Tensor, key: Key | None) -> 
     return rows
 
 
+def stored(mode: Forward, weight: Tensor, key: Key) -> Tensor:
+    """A weight from which the one of a layer is computed, connected to the collector once."""
+    if key in mode.leaves:
+        return mode.leaves[key]
+    every = torch.arange(len(weight), device=weight.device)
+    layer = Layer(Operation(), Rule(), mode.collector, key, None, stored=True)
+    mode.collector.use(layer, every)
+    value = Embed.apply(every, mode.anchor, weight, layer)  # like the weight
+    value.computed = True
+    mode.leaves[key] = value
+    return value
+
+
 def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     """Look rows that all samples share up once per sample where they are added to samples."""
     shared = [i for i, t in enumerate(summands) if hasattr(t, "lookup")]
@@ -113,6 +128,11 @@ def _batch_norm(
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5, *args: Any,
 ) -> Tensor:  # fmt: skip
+    if (mean is None or training) and getattr(input, "computed", False):
+        dims = (0, *range(2, input.dim()))  # of a weight: weight standardisation
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
+        return _affine(_standardise(input, dims, eps), weight, bias)
     if mean is None or training:
         raise mode.refuse("BatchNorm with batch statistics", "set track_running_stats")
     scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)  # [channels]
@@ -160,6 +180,30 @@ def _group_norm(
     return _affine(_standardise(grouped, dims, eps).flatten(1, 2), weight, bias)
 
 
+def _instance_norm(
+    mode: Forward, input: Tensor, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not use_input_stats:
+        assert running_var is not None
+        return _batch_norm(mode, input, running_mean, running_var, weight, bias, eps=eps)
+    return _group_norm(mode, input, input.shape[1], weight, bias, eps)
+
+
+def _normalize(
+    mode: Forward, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if out is not None:
+        raise mode.refuse("normalize into a tensor given as out", "use what it returns")
+    return input / input.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+def _weight_norm(mode: Forward, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v.detach(), 2, dim))
+
+
 def _attend(
     mode: Forward, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -180,8 +224,9 @@ def _sdpa(
     attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    if enable_gqa:
-        raise mode.refuse("grouped-query attention", "repeat keys and values explicitly")
+    if enable_gqa:  # each head of keys and values is read by several of queries
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
     if is_causal:
         attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -226,52 +271,11 @@ def _multi_head_attention(mode: Forward, *args: Any, **kwargs: Any) -> tuple[Ten
     return out.transpose(0, 1), attention if p["need_weights"] else None
 
 
-@dataclass(frozen=True)
-class Gate:
-    """The output of a sigmoid, or what shifts, factors and another shape made of it.
-
-    Attributes
-    ----------
-    value : Tensor
-        As propagated, whatever becomes of it.
-    moved : Tensor
-        The same values; relevance reaches the sigmoid's input x by what moves the gate away from
-        its rest, ``(σ(x) - σ(0)) / x``, which is bounded where ``σ(x) / x`` is not.
-    rest : Tensor
-        What it would be for x = 0.
-    """
-
-    value: Tensor
-    moved: Tensor
-    rest: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, value: Tensor, name: str = "sigmoid") -> "Gate":
-        """The sigmoid, or hard sigmoid, of x."""
-        with torch.no_grad():  # without the rounding of a difference
-            beyond = (x / 2).tanh() / 2 if name == "sigmoid" else (x / 6).clamp(-0.5, 0.5)
-        rest = torch.full_like(x, 0.5)
-        return cls(value, Activate.apply(x, beyond) + rest, rest)
-
-    def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Gate":
-        """What an affine function makes of it."""
-        moved, rest = (
-            func(*(new if a is self.value else a for a in args), **kwargs)
-            for new in (self.moved, self.rest)
-        )
-        return Gate(value, moved, rest)
-
-    def times(self, signal: Tensor) -> Tensor:
-        """The product with a signal, each of the two getting its Shapley value."""
-        at_rest = signal * (self.value.detach() + self.rest) / 2
-        return at_rest + signal.detach() / 2 * (self.moved - self.rest)
-
-
 def _glu(mode: Forward, input: Tensor, dim: int = -1) -> Tensor:
     signal, x = input.chunk(2, dim)
     with torch.no_grad():
         value = x.sigmoid()
-    return mode.gated(signal, Gate.of(x, Activate.apply(x, value)))
+    return mode.product(signal, Gate.of(x, Activate.apply(x, value), "sigmoid"))
 
 
 LAYERS: dict[str, Callable] = {
@@ -287,5 +291,8 @@ NORMALISATIONS: dict[str, Callable] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "normalize": _normalize,
+    "weight_norm": _weight_norm,
     "glu": _glu,
 }

@@ -75,6 +75,8 @@ class Layer:
         None for weights that are not scored.
     layout : Layout or None
         Where the samples are in the input; None where that cannot be told.
+    stored : bool
+        Whether the weight is only what the one that is used was computed from.
     """
 
     operation: Operation
@@ -82,6 +84,7 @@ class Layer:
     collector: Collector
     key: Key | None
     layout: Layout | None = (0, False)
+    stored: bool = False
 
     @property
     def place(self) -> Key:
@@ -103,15 +106,20 @@ class Layer:
         return t.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1) if fastest else t
 
     def distribute(
-        self, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor, needs_input: bool
-    ) -> Tensor | None:
-        """Turn ``R / z`` of the outputs into ``R / a`` of the inputs; report to the collector."""
+        self, g: Tensor, a: Tensor, w: Tensor, b: Tensor | None, z: Tensor,
+        needs_input: bool, needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Turn ``R / z`` of the outputs into ``R / a`` of the inputs; report to the collector.
+
+        The second is ``R / w``, for a weight that was computed from stored ones.
+        """
         scored, collector = self.key is not None, self.collector
-        sums = scored and collector.sums
+        sums = (scored and collector.sums) or needs_weight
         if scored:
             collector.unit(self, g)
         if not (needs_input or sums or (scored and collector.samplewise)):
-            return None
+            return None, None
+        to_weight = torch.zeros_like(w) if needs_weight else None  # relevance, like w
         gradient: Tensor | None = None  # like a
         relevance: Tensor | None = None  # like a
         for s, parts in terms(self.rule, self.operation, g, a, w, b, z):
@@ -120,6 +128,8 @@ class Layer:
                 into, grad = self.operation.backward(s, a_part, w_part, needs_input, sums)
                 if scored:
                     collector.weight(self, s, a_part, w_part, grad)
+                if to_weight is not None and grad is not None:
+                    to_weight.addcmul_(w_part, grad)
                 if into is not None:
                     grads.append(into)
             if grads and self.rule.name in DIRECT:
@@ -130,11 +140,13 @@ class Layer:
                 gradient = into if gradient is None else gradient.add_(into)
         if scored:
             collector.done(self)
+        if to_weight is not None:
+            to_weight.div_(torch.where(w == 0, torch.inf, w))
         if relevance is None:
-            return gradient
+            return gradient, to_weight
         if collector.pixels(a, relevance):
-            return None
-        return relevance / torch.where(a == 0, torch.inf, a)
+            return None, to_weight
+        return relevance / torch.where(a == 0, torch.inf, a), to_weight
 
 
 class Propagate(torch.autograd.Function):
@@ -151,11 +163,12 @@ class Propagate(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Modified gradient of the input."""
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        """Modified gradients of the input, and of a weight that was computed."""
         a, w, b, z = ctx.saved_tensors
-        into = ctx.layer.distribute(g, a, w, b, z, ctx.needs_input_grad[0])
-        return into, None, None, None, None
+        needs_input, _, needs_weight, *_ = ctx.needs_input_grad
+        into, weight = ctx.layer.distribute(g, a, w, b, z, needs_input, needs_weight)
+        return into, None, weight, None, None
 
 
 class Activate(torch.autograd.Function):

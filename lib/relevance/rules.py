@@ -26,8 +26,9 @@ class Rule:
     gamma : float
         Extra weight of the favoured sign in ``gamma``.
     gate : {"shapley", "signal", "half"}
-        How ``p = s σ(x)``, the product of a signal and a gate (sigmoid or hard sigmoid), shares its
-        relevance. ``shapley``: signal and gate get the shares ``(σ(x) + σ(0)) / 2 σ(x)`` and
+        How ``p = s σ(x)``, the product of a signal and a gate (sigmoid, hard sigmoid, or tanh and
+        erf after a shift, as in GELU written out), shares its relevance. ``shapley``: signal and
+        gate get the shares ``(σ(x) + σ(0)) / 2 σ(x)`` and
         ``(σ(x) - σ(0)) / 2 σ(x)``, their Shapley values when absent ones are zero; this conserves
         relevance, and the modified gradient at x is at most that at p times ``s / 8``. ``signal``:
         all goes to the signal, so that layers that compute gates have no relevance. ``half``: one

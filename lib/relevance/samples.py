@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 STARTS = ("target", "contrastive", "softmax-gradient")
 AGGREGATES = ("sum", "abs", "rms")
@@ -31,8 +32,11 @@ def scored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = set()
     for module in model.modules():
-        if isinstance(module, SCORED):  # a computed weight is no parameter, and gone by then
+        if isinstance(module, SCORED):
             found.add(id(module._parameters.get("weight")))
+            if is_parametrized(module, "weight"):  # the largest of what it is computed from
+                originals = module.get_submodule("parametrizations.weight").parameters(False)
+                found.add(id(max(originals, key=Tensor.numel)))
         if isinstance(module, nn.MultiheadAttention):
             found |= {id(p) for n, p in module.named_parameters(recurse=False) if "weight" in n}
     weights = {name: p for name, p in model.named_parameters() if id(p) in found}

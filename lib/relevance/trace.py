@@ -10,47 +10,26 @@ from torch.overrides import TorchFunctionMode
 
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from .changes import Changes, out_of_place
-from .functions import LAYERS, NORMALISATIONS, Gate, spread
+from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of
+from .functions import LAYERS, NORMALISATIONS, spread
+from .kinds import (
+    ADVICE,
+    CONSTANTS,
+    ELEMENTWISE,
+    ELEMENTWISE_PRODUCTS,
+    FUSED,
+    GRADIENT,
+    KEPT,
+    LIKE,
+    PRODUCTS,
+    QUOTIENTS,
+    RECIPROCALS,
+    UNSEEN,
+)
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
 from .weights import place, refusal, used
-
-# Relevance splits in proportion to the terms of a sum or goes where the value came from: both are
-# what the ordinary gradient does. So is the first-order rule of softmax (Achtibat et al. 2024).
-_GRADIENT = """add radd sub rsub subtract neg negative sum mean cat concat concatenate stack hstack
-    vstack dstack flatten unflatten reshape view view_as permute transpose t T mT swapaxes swapdims
-    movedim moveaxis squeeze unsqueeze expand expand_as broadcast_to contiguous clone to float
-    double type type_as getitem chunk tensor_split split unbind select narrow index_select gather
-    take_along_dim pad roll flip repeat repeat_interleave tile masked_fill where relu leaky_relu
-    prelu threshold avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d amax amin max min maximum minimum dropout dropout1d dropout2d dropout3d
-    alpha_dropout feature_alpha_dropout softmax interpolate upsample pixel_shuffle
-    pixel_unshuffle channel_shuffle unfold fold tril triu diagonal
-    reshape_as setitem copy zero"""
-_ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid hardswish hardsigmoid hardtanh relu6
-    softplus logsigmoid softsign clamp clamp_min clamp_max clip hardshrink softshrink tanhshrink
-    rrelu"""
-GRADIENT, ELEMENTWISE = frozenset(_GRADIENT.split()), frozenset(_ELEMENTWISE.split())
-ELEMENTWISE_PRODUCTS = {"mul", "rmul", "multiply"}
-PRODUCTS = ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "mm", "einsum"}
-QUOTIENTS = {"div", "divide", "truediv", "true_divide"}
-CONSTANTS = {
-    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
-}  # fmt: skip
-UNSEEN = {"grad_fn", "requires_grad", "register_hook"}
-GATES = {"sigmoid", "hardsigmoid"}
-_AFFINE = """add radd sub rsub mul rmul div truediv multiply divide flatten unflatten reshape view
-    view_as permute transpose t T mT squeeze unsqueeze expand expand_as broadcast_to contiguous
-    clone to float getitem select narrow repeat repeat_interleave tile interpolate upsample"""
-KEPT = frozenset(_AFFINE.split())  # a gate is one still after these
-ADVICE = {
-    "log_softmax": "let the model return logits",
-    "detach": "score the model without detaching activations",
-    "lstm": "score the layers around the recurrence separately",
-    "gru": "score the layers around the recurrence separately",
-}
 
 
 class Propagation(TorchFunctionMode):
@@ -85,6 +64,7 @@ class Propagation(TorchFunctionMode):
         own = {id(p) for p in model.parameters()} - names.keys()
         self.fixed = {id(b) for b in model.buffers()} | own
         self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
+        self.leaves: dict[Key, Tensor] = {}
         self.changes, self.running = Changes(self.vouch), False
         self.path: list[str] = []
         self.visited: dict[str, Rule] = {}
@@ -105,6 +85,7 @@ class Propagation(TorchFunctionMode):
         self.visited.clear()
         self.vouched.clear()
         self.aliases.clear()
+        self.leaves.clear()
         self.changes = Changes(self.vouch)
         self.recording = torch.is_grad_enabled()
         self.running = True
@@ -173,6 +154,10 @@ class Propagation(TorchFunctionMode):
                 result = used(self, func, name, args, kwargs)
             else:
                 result = self.applied(func, name, args, kwargs)
+            if isinstance(result, Tensor) and name not in LAYERS:
+                tracked = [t for t in tensors((args, kwargs)) if t.requires_grad]
+                if tracked and all(hasattr(t, "computed") for t in tracked):
+                    result.computed = True  # type: ignore[attr-defined]
             return self.vouch(result)
 
     def vouch(self, result: Any) -> Any:
@@ -182,6 +167,10 @@ class Propagation(TorchFunctionMode):
 
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any:
         """The result of a function that is no layer."""
+        for operand in ("other", "exponent"):
+            args = (*args, kwargs.pop(operand)) if operand in kwargs else args
+        if name in LIKE:
+            args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
         if self.ordinary or not tracked or name in CONSTANTS:
             return func(*args, **kwargs)
@@ -190,8 +179,9 @@ class Propagation(TorchFunctionMode):
         if target is not None:
             self.changes.note(target, result)
         if name in KEPT and len(tracked) == 1 and isinstance(result, Tensor):
-            for gate in (t.gate for t in tracked if hasattr(t, "gate")):
-                result.gate = gate.after(func, args, kwargs, result)  # type: ignore[attr-defined]
+            for factor in (t.factor for t in tracked if hasattr(t, "factor")):
+                new = factor.after(func, args, kwargs, result)
+                result.factor = new  # type: ignore[attr-defined]
         return result
 
     def carries(self, name: str) -> bool:
@@ -199,29 +189,68 @@ class Propagation(TorchFunctionMode):
         return name in GRADIENT or name in ELEMENTWISE
 
     def _propagate(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Any:
-        if name in ELEMENTWISE:
+        if name in FUSED:
+            product, scale = FUSED[name]
+            count = _tracked(args[1:])
+            term = (
+                self._propagate(product, product.__name__, count, args[1:], {})
+                if count else product(*args[1:])
+            )  # fmt: skip
+            return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
+        constant = name in QUOTIENTS and not _tracked(args[:1])
+        power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
+        if power and not bool((torch.as_tensor(args[1]) > 0).all()):
+            constant = True
+        if constant or name in RECIPROCALS:
+            return self._reciprocal(func, name, args, kwargs)
+        if name in ELEMENTWISE or power:
             with torch.no_grad():
                 out = func(*args, **kwargs)
             x = args[0] if args else kwargs["input"]
             result = Activate.apply(x, out)
-            if name in GATES:
-                result.gate = Gate.of(x, result, name)
+            if name in RESTING:
+                result.factor = Gate.of(x, result, name)
             return result
         if name in ("add", "radd"):
             args = spread(self, args)
         if name in GRADIENT:
             return func(*args, **kwargs)
-        if name in PRODUCTS or name in QUOTIENTS:
-            if name in QUOTIENTS and any(t.requires_grad for t in tensors(args[1:])):
-                raise self.refuse("division by an activation")
-            if tracked > 2:
-                raise self.refuse(f"a product of {tracked} activations")
-            if tracked == 2 and sum(gates := [_is_gate(name, t) for t in args[:2]]) == 1:
-                return self.gated(args[not gates[1]], args[gates[1]].gate)
-            return func(*args, **kwargs) if tracked == 1 else self.half(func(*args, **kwargs))
+        if name == "var":  # of degree two: its gradient would bring twice its relevance
+            return self.half(func(*args, **kwargs))
+        if name in QUOTIENTS and kwargs.get("rounding_mode") is None:
+            divisor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
+            return func(args[0], divisor, *args[2:], **kwargs)
+        if name in PRODUCTS:
+            return self._product(func, name, tracked, args, kwargs)
         result = None if name in ("item", "tolist", "numpy") else func(*args, **kwargs)
         if result is None or any(t.is_floating_point() for t in tensors(result)):
             raise self.refuse(f"{name!r}", ADVICE.get(name, ""))
+        return result
+
+    def _product(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Tensor:
+        if tracked > 2:
+            raise self.refuse(f"a product of {tracked} activations")
+        if tracked < 2:
+            return func(*args, **kwargs)
+        if name in ELEMENTWISE_PRODUCTS:
+            for kind in (Normaliser, Gate):
+                first, second = (factor_of(t, kind) for t in args[:2])
+                if first is None and second is not None:
+                    return self.product(args[0], second)
+                if first is not None and second is None:
+                    return self.product(args[1], first)
+        return self.half(func(*args, **kwargs))
+
+    def _reciprocal(self, func: Callable, name: str, args: Any, kwargs: dict) -> Tensor:
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        x = next(t for t in tensors((args, kwargs)) if t.requires_grad)
+        error = self.refuse(
+            f"the reciprocal of an activation ({name!r}) that is no factor of another one",
+            "multiply the activation that it normalises by it, or divide that one",
+        )
+        result = Held.apply(x, out, error)
+        result.factor = Normaliser(result)
         return result
 
     def layer(
@@ -253,22 +282,19 @@ class Propagation(TorchFunctionMode):
             if at[1]:
                 raise refusal(self, at[0], "linear, transposed")
             return at[0]
-        if id(w) in self.fixed:
+        if id(w) in self.fixed or hasattr(w, "computed"):
             return None
         raise self.refuse(
             "a weight computed in the forward pass",
             "make it a parameter (torch.nn.utils.parametrize.remove_parametrizations)",
         )
 
-    def gated(self, signal: Tensor, gate: "Gate") -> Tensor:
-        """The product of a signal and a gate, sharing relevance by the current module's rule."""
+    def product(self, signal: Tensor, factor: Factor) -> Tensor:
+        """The product of a signal and a factor, sharing relevance by the current module's rule."""
         how = self.choose(self.path[-1] if self.path else "", False, False).gate
-        if how == "half" or self.ordinary:
-            return self.half(signal * gate.value)
-        if how == "signal":
-            return signal * gate.value.detach()
-        return gate.times(signal)
+        shared = None if self.ordinary else factor.times(signal, how)
+        return self.half(signal * factor.value) if shared is None else shared
 
 
-def _is_gate(name: str, value: Any) -> bool:
-    return name in ELEMENTWISE_PRODUCTS and isinstance(getattr(value, "gate", None), Gate)
+def _tracked(values: Any) -> int:
+    return sum(t.requires_grad for t in tensors(values))

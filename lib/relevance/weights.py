@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import UnsupportedLayerError, tensors
-from .functions import Forward, look_up
+from .functions import Forward, look_up, stored
+from .kinds import LIKE
 from .layers import Key
 from .operations import Operation
 
@@ -18,6 +19,7 @@ SAME = {
 TURNED = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis"}
 LOOKUPS = {"getitem", "select", "index_select", "narrow"}
 PRODUCTS = {"matmul", "mm", "addmm"}
+MIXED = PRODUCTS | {"rmatmul", "bmm", "baddbmm", "einsum"}  # with images, which need no gradient
 
 
 class Following(Forward, Protocol):
@@ -29,6 +31,7 @@ class Following(Forward, Protocol):
     def vouch(self, result: Any) -> Any: ...
     def carries(self, name: str) -> bool: ...
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any: ...
+    def __torch_function__(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any: ...
 
 
 def place(mode: Following, value: Any) -> tuple[Key, bool] | None:
@@ -43,7 +46,8 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
 
     Views of it are remembered, for the layer that reads them. ``x @ w.T`` is a linear layer. Rows
     that are added to activations, joined with them or rearranged are looked up, as an embedding
-    does. All else has no rule.
+    does. What is computed from weights alone (normalised, standardised) may be the weight of a
+    layer: relevance is carried on to those. All else has no rule.
 
     Raises
     ------
@@ -73,9 +77,17 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
             index = _index(func, every, args[1:], kwargs)
             if index is not None:
                 return look_up(mode, index, weight, key)
-    tree = args, kwargs
-    args, kwargs = _looked_up(mode, name, tree)
-    return mode.applied(func, name, args, kwargs)
+    if name in LIKE and subject is None:
+        return mode.applied(func, name, args, kwargs)
+    weights = [t for t in tensors((args, kwargs)) if place(mode, t)]
+    if all(t.dim() == 2 for t in weights) and mode.carries(name):
+        args, kwargs = _replaced(mode, (args, kwargs), name, _rows_of)
+        return mode.applied(func, name, args, kwargs)
+    active = [t for t in tensors((args, kwargs)) if t.requires_grad and not hasattr(t, "computed")]
+    args, kwargs = _replaced(
+        mode, (args, kwargs), name, None if active or name in MIXED else stored
+    )
+    return mode.__torch_function__(func, (), args, kwargs)
 
 
 def _product(mode: Following, name: str, args: tuple, kwargs: dict) -> Tensor | None:
@@ -117,18 +129,23 @@ def _index(func: Callable, every: Tensor, rest: tuple, kwargs: dict) -> Tensor |
     return func(every, *(0 if first == -2 else r for r in rest), **kwargs)
 
 
-def _looked_up(mode: Following, name: str, tree: Any) -> Any:
-    """The same arguments, with rows looked up in place of scored weights."""
-    if not any(place(mode, t) for t in tensors(tree)):
-        return tree
+def _rows_of(mode: Forward, weight: Tensor, key: Key) -> Tensor:
+    return look_up(mode, torch.arange(len(weight), device=weight.device), weight, key)
+
+
+def _replaced(
+    mode: Following, tree: Any, name: str, new: Callable[[Forward, Tensor, Key], Tensor] | None
+) -> Any:
+    """The same arguments, with values that relevance returns from in place of scored weights."""
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_looked_up(mode, name, branch) for branch in tree)
+        return type(tree)(_replaced(mode, branch, name, new) for branch in tree)
     if isinstance(tree, dict):
-        return {key: _looked_up(mode, name, branch) for key, branch in tree.items()}
-    key, turned = place(mode, tree) or ((name, None, None), True)
-    if tree.dim() != 2 or turned or not mode.carries(name):
-        raise refusal(mode, key, name)
-    return mode.vouch(look_up(mode, torch.arange(len(tree), device=tree.device), tree, key))
+        return {key: _replaced(mode, branch, name, new) for key, branch in tree.items()}
+    if not isinstance(tree, Tensor) or (at := place(mode, tree)) is None:
+        return tree
+    if at[1] or new is None:
+        raise refusal(mode, at[0], name)
+    return mode.vouch(new(mode, tree, at[0]))
 
 
 def refusal(mode: Forward, key: Key, name: str) -> UnsupportedLayerError:
