@@ -31,7 +31,7 @@ class Profile:
     slow : tuple of str
         Models that ablations leave out, since they take hours there.
     untrained : tuple of str
-        Models that quantizers which train leave out, since they take hours without a GPU.
+        Patterns of cases that quantizers which train leave out: without a GPU they take hours.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
@@ -55,7 +55,7 @@ PROFILES = {
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
         finetune=50,
-        training=100,
+        training=50,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
@@ -67,6 +67,7 @@ PROFILES = {
         },
         special={},
         kept={"": (0.4, 0.15)},
+        untrained=("digits-lenet5*",),
     ),
     "paper": Profile(
         {
@@ -82,7 +83,7 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
-            "Trained": _prices(range(6, 10)),
+            "Trained": _prices(range(5, 9)),
             "ECQx": _prices(range(7, 11), 2),
         },
         special={
@@ -104,7 +105,7 @@ PROFILES = {
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
-        untrained=("resnet20", "vgg16"),
+        untrained=("mnist-lenet5*", "cifar10*"),
     ),
 }
 
