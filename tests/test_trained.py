@@ -9,8 +9,10 @@ from torch import nn
 from lib import Compressed, Recipe, compress
 from lib.compress import encode, prepare, remove
 from lib.finetune import evaluate
+from lib.moments import input_moments
 from lib.quantize import ECQx, RateDistortion, Trained
-from lib.quantize.trained import Grid
+from lib.quantize.trained import Grid, input_means
+from lib.score import criterion
 
 WEIGHT = torch.tensor([[0.9, -0.2, 0.4, -1.6, 0.05, 0.0], [0.3, -0.6, 0.1, 0.2, -0.9, 1.4]])
 
@@ -85,6 +87,37 @@ def test_training_takes_back_what_rounding_costs(trained, digits, validation, re
     assert evaluate(after, *validation) > evaluate(before, *validation) + 20
 
 
+def test_biases_make_up_for_the_mean_of_what_assignment_changes(trained, digits, references):
+    """Coarse codes without a step of training: each layer keeps the mean that it read."""
+    recipe = Recipe(store=Trained("alike", 0.03, steps=1, rate=1e-9))
+    removed = remove(trained, *references, recipe, digits, 0)
+    details = prepare(removed, *references, recipe).details
+    network, codes = recipe.store.store(removed, details, references[0])
+    means = input_means(removed.network, references[0])
+    for name, code in codes.items():
+        bias = name.removesuffix("weight") + "bias"
+        before, mean = removed.network.get_parameter(name), means[name]
+        rows = (before - code.decode()).detach().reshape(len(mean), -1, mean.shape[1])
+        expected = removed.network.get_parameter(bias) + (rows @ mean[..., None]).flatten()
+        assert torch.allclose(network.get_parameter(bias), expected, atol=1e-5), name
+
+
+def test_an_error_costs_what_its_unit_weighs_times_what_its_input_varies(
+    trained, digits, references
+):
+    recipe = Recipe(store=Trained("lrp-epsilon/contrastive", 0.03))
+    removed = remove(trained, *references, recipe, digits, 0)
+    details = prepare(removed, *references, recipe).details
+    _, _, grids = recipe.store.start(removed, details, references[0])
+    units = criterion("lrp-epsilon/contrastive").units(removed.network, *references)
+    moments = input_moments(removed.network, references[0], centered=True)
+    assert grids.keys() == removed.masks.keys()
+    for name, grid in grids.items():
+        varies = moments[name].diagonal().flatten()  # of a layer in one group
+        expected = grid.step**2 * units[name][:, None] * varies
+        assert torch.allclose(grid.damage.flatten(1), expected, rtol=1e-4), name
+
+
 def test_what_units_weigh_decides_about_the_codes(trained, digits, references):
     by = "lrp-epsilon/contrastive"
     files = {
@@ -101,11 +134,14 @@ def test_relevance_makes_zero_dear_in_ecqx(trained, digits, references):
     class Spy(ECQx):
         def refresh(self, network, grids, prepared):
             super().refresh(network, grids, prepared)
-            seen.append({name: grid.zero.clone() for name, grid in grids.items()})
+            scores = criterion(self.by)(network, *prepared)
+            seen.append({n: (grid.zero.clone(), scores[n].abs()) for n, grid in grids.items()})
 
     encoded(trained, references, Spy(price=1.0, steps=20), digits)
     assert len(seen) == 10
-    for name, zero in seen[-1].items():
+    for name, (zero, relevance) in seen[-1].items():
+        least, most = relevance.flatten().argmin(), relevance.flatten().argmax()
+        assert zero.flatten()[most] > 1 > zero.flatten()[least], name
         assert float(zero.mean()) == pytest.approx(1, abs=1e-4), name
         assert float(zero.min()) >= 0
         assert float(zero.std()) > 0.1, name

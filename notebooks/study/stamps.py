@@ -89,8 +89,8 @@ def execute(folder: str, name: str, parameters: dict) -> int:
             parameters,
             progress_bar=False,
             cwd=FOLDER,
-            # warnings of every kernel about its own transport say nothing about the notebook
-            extra_arguments=["--IPKernelApp.log_level=40"],
+            # what kernels say of their own transport and end says nothing about the notebook
+            extra_arguments=["--IPKernelApp.log_level=50"],
         )
     except PapermillExecutionError as error:
         print(error, file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 from lib import Compressed, Recipe, Repair
 from lib.finetune import evaluate
 from lib.prune import KeepTop
-from lib.quantize import RateDistortion, Uniform
+from lib.quantize import ECQx, RateDistortion, Trained, Uniform
 from study import Study, bases, data, digests, jobs, records
 from study.data import split
 from study.profiles import Case
@@ -18,6 +18,8 @@ from study.records import address
 RECIPES = {
     "relevance": Recipe(store=RateDistortion("lrp-epsilon", price=0.1)),
     "fine-tuned": Recipe(KeepTop("magnitude", density=0.5), Repair(finetune=3), Uniform(4)),
+    "trained": Recipe(store=Trained("lrp-epsilon", price=0.03, steps=8)),
+    "ECQx": Recipe(store=ECQx(price=3.0, steps=8)),
 }
 
 
@@ -64,7 +66,8 @@ def test_seeds_choose_the_order_of_fine_tuning(execute, splits, monkeypatch):
     monkeypatch.setattr(jobs, "sample", lambda *data: original(*data[:-1], 0))  # the same images
     files = {name: [execute(r, splits, seed)[1] for seed in (0, 1)] for name, r in RECIPES.items()}
     assert files["relevance"][0] == files["relevance"][1]
-    assert files["fine-tuned"][0] != files["fine-tuned"][1]
+    for name in ("fine-tuned", "trained", "ECQx"):
+        assert files[name][0] != files[name][1], name
 
 
 def test_as_many_reference_images_as_the_record_says(execute, splits, monkeypatch):
