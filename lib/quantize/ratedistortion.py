@@ -161,7 +161,7 @@ def rate_distortion(
         step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
         step = min(max(step, largest / 2**14), 2.01 * largest)
     check(0 < step < math.inf, f"the step must be positive, not {step}")
-    grid = storable(torch.tensor([step]))
+    grid = storable(torch.tensor([step], dtype=torch.float32))
     step = float(grid)
     top = math.ceil(float(weight.abs().max()) / step) + 1
     check(top < 2**15, f"step {step} is too fine: it takes symbols up to {top}")
@@ -192,7 +192,8 @@ def _problem(
         f"the weight {list(weight.shape)} has {inputs} inputs a unit",
     )
     check(moment.isfinite().all(), "second_moment holds values that are not finite")
-    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach().float().cpu()
+    units = torch.ones(len(weight)) if unit_weight is None else unit_weight.detach()
+    units = units.float().cpu()
     shaped = units.shape == weight.shape[:1]
     check(shaped, f"unit_weight is {list(units.shape)} for {len(weight)} units")
     check((units >= 0).all() & units.isfinite().all(), "unit_weight is negative or not finite")

@@ -125,7 +125,7 @@ def score_tiers(
     places = kept.flatten().nonzero().squeeze(1)
     order = places[scores.detach().cpu().flatten()[places].argsort(stable=True)]
     ends = [round(len(order) * share) for share in np.cumsum(shares)[:-1]]
-    flat, steps = weight.flatten(), torch.ones(len(widths))
+    flat, steps = weight.flatten(), torch.ones(len(widths), dtype=torch.float32)
     symbols, tiers = torch.zeros_like(flat, dtype=torch.int32), torch.zeros_like(flat).byte()
     for tier, members in enumerate(torch.tensor_split(order, ends)):
         tiers[members] = tier

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import claims, lessons
+from . import lessons
+from .bdrate import bd_rates, bd_table
 from .names import network, place
 from .paths import ROOT
 from .records import claims_in
@@ -141,7 +142,19 @@ def _precision(rows: list[dict]) -> str:
 
 
 def _beyond(folder: Path) -> str:
-    return claims.answer(pd.read_csv(folder / "bd-rates.csv").assign(why=""))
+    root = "lrp root, sequential"
+    pairs = [(root, "lrp root"), (root, "alike, sequential")]
+    rates = bd_rates(pd.read_csv(folder / "sequential.csv"), pairs)
+    told = bd_table(rates).set_index("against").drop(columns="recipe")
+
+    def rate_by_network(against: str) -> str:
+        return "; ".join(f"{place(where)} {said}" for where, said in told.loc[against].items())
+
+    return (
+        "BD-rate of coding layer after layer against all at once, units weighed by the root of "
+        f"relevance: {rate_by_network('lrp root')}. Of the root of relevance against units "
+        f"weighed alike, both layer after layer: {rate_by_network('alike, sequential')}."
+    )
 
 
 def _ingredients(rows: list[dict]) -> str:

@@ -11,7 +11,6 @@ from torch import nn
 from lib import Compressed
 from lib.finetune import evaluate
 
-from .bdrate import bd_table
 from .data import split
 from .jobs import float_bytes
 from .paths import STANDARD
@@ -211,15 +210,22 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
                 sentence = f"{what}, layer after layer{pruned}, needs no larger file than {other}"
                 pairs[sentence] = (f"{name}{end}", f"{other}{end}")
     claims += size_claims(table, "C6", pairs)
-    try:
-        standard = read(STANDARD).assign(recipe=STANDARD)  # its settings together make one curve
-    except FileNotFoundError:
-        return claims
     ours = {
         f"no larger than NNCodec's files at equal accuracy ({name})": (name, STANDARD)
         for name in ("lrp root, sequential", "lrp, pruned, sequential")
     }
-    return claims + size_claims(pd.concat([table, standard]), "C7", ours)
+    for standard in _there(read, STANDARD):  # its settings together make one curve
+        both = pd.concat([table, standard.assign(recipe=STANDARD)])
+        claims += size_claims(both, "C7", ours)
+    return claims
+
+
+def _there(read: Callable[[str], pd.DataFrame], name: str) -> list[pd.DataFrame]:
+    """A table in a list, or no table where it was not made."""
+    try:
+        return [read(name)]
+    except FileNotFoundError:
+        return []
 
 
 def in_training(learned: pd.DataFrame) -> list[Claim]:
@@ -232,21 +238,6 @@ def in_training(learned: pd.DataFrame) -> list[Claim]:
         *size_claims(learned, "C6", pairs),
         *headline(learned, [TRAINED], [TRAINED_RIVALS[-1]], "against ECQx, both trained"),
     ]
-
-
-def answer(rates: pd.DataFrame) -> str:
-    """What `06-beyond` found, in a sentence, from ``bd_rates`` of its pairs."""
-    root = "lrp root, sequential"
-    told = bd_table(rates[rates["recipe"] == root]).set_index("against").drop(columns="recipe")
-
-    def by_network(against: str) -> str:
-        return "; ".join(f"{network} {said}" for network, said in told.loc[against].items())
-
-    return (
-        "BD-rate of coding layer after layer against all at once, units weighed by the root of "
-        f"relevance: {by_network('lrp root')}. Of the root of relevance against units weighed "
-        f"alike, both layer after layer: {by_network('alike, sequential')}."
-    )
 
 
 def ablations(rule: pd.DataFrame) -> list[Claim]:
@@ -291,7 +282,10 @@ def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict
         "03-pruning": lambda: pruning(read("removal"), steps),
         "04-mixed-precision": lambda: precision(read("tiers"), read("rate-distortion")),
         "05-xai-baseline": lambda: against_baseline(read("headline"), read("criteria")),
-        "06-beyond": lambda: beyond(read("sequential"), read) + in_training(read("trained")),
+        "06-beyond": lambda: [
+            *beyond(read("sequential"), read),
+            *(claim for learned in _there(read, "trained") for claim in in_training(learned)),
+        ],
         "07-which-ingredient": lambda: ablations(read("ablation-rule")),
     }
     notebooks = dict.fromkeys(row["notebook"] for row in rows)

@@ -19,7 +19,7 @@ RECIPES = {
     "relevance": Recipe(store=RateDistortion("lrp-epsilon", price=0.1)),
     "fine-tuned": Recipe(KeepTop("magnitude", density=0.5), Repair(finetune=3), Uniform(4)),
     "trained": Recipe(store=Trained("lrp-epsilon", price=0.03, steps=8)),
-    "ECQx": Recipe(store=ECQx(price=3.0, steps=8)),
+    "ECQx": Recipe(store=ECQx(price=0.03, steps=8)),
 }
 
 
