@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Profile:
     optimisers: dict[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
     untrained: tuple[str, ...] = ()
+
+    def trained(self, case: "Case") -> bool:
+        """Whether quantizers that train are tried on a case."""
+        return not any(fnmatch(str(case), pattern) for pattern in self.untrained)
 
 
 def _prices(steps: Iterable[float], per_decade: int = 4) -> tuple[float, ...]:
