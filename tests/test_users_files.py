@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from small import small_data as _data
+from small import small_net as _net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,18 +13,8 @@ from lib.relevance import weight_relevance
 pytestmark = pytest.mark.filterwarnings("ignore:the model itself is near chance")
 
 
-def _net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
-
-
-def _data(samples=61):
-    torch.manual_seed(1)
-    return torch.randn(samples, 20), torch.arange(samples) % 4
-
-
 def test_wrappers_are_looked_through():
-    x, y = _data()
+    x, y = _data(61)
     wanted, file = weight_relevance(_net(), x, y), compress(_net(), x, y).to_bytes()
     inner = nn.Sequential(torch.compile(_net(), backend="eager"))
     called = _net()
@@ -40,7 +32,7 @@ def test_wrappers_are_looked_through():
 
 
 def test_an_activation_that_a_model_keeps_is_no_obstacle():
-    model, (x, y) = _net(), _data()
+    model, (x, y) = _net(), _data(61)
     model.register_forward_hook(lambda module, inputs, outputs: setattr(module, "last", outputs))
     model(x)
     for recipe in ("uniform", "lrp-paper-finetuned"):
@@ -74,14 +66,14 @@ class Extra(nn.Sequential):
 
 
 def test_extra_state_stays_with_the_architecture():
-    model, (x, y) = Extra(*_net(), nn.BatchNorm1d(4)).eval(), _data()
+    model, (x, y) = Extra(*_net(), nn.BatchNorm1d(4)).eval(), _data(61)
     decoded = compress(model, x, y, ratio=3).to_model(model)
     assert decoded(x).shape == (61, 4)
     assert decoded.state_dict()["_extra_state"] == {"classes": ["a", "b"]}
 
 
 def test_validation_data_may_be_a_loader():
-    model, (x, _) = _net(), _data()
+    model, (x, _) = _net(), _data(61)
     labels = model(x).argmax(1)
     for val in (DataLoader(TensorDataset(x, labels), batch_size=20), [x, labels], (x, labels)):
         found = compress(model, x, labels, "lrp-rd", val=val, max_drop=10)
@@ -95,7 +87,7 @@ def test_validation_data_may_be_a_loader():
 
 
 def test_budgets_that_cannot_be_met_say_what_can():
-    model, (x, y) = _net(), _data()
+    model, (x, y) = _net(), _data(61)
     with pytest.raises(ValueError, match=r"ratio=1000 cannot be met.* bytes, which is ratio=\d"):
         compress(model, x, y, ratio=1000)
     with pytest.raises(ValueError, match=r"bits=0.001 cannot be met.* bytes, which is bits=\d"):

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from small import small_data as _data
+from small import small_net as _net
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -19,16 +21,6 @@ from lib.relevance import (
 )
 
 CALLS = (compress, weight_relevance, input_relevance, unit_sensitivity)
-
-
-def _net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
-
-
-def _data(samples=60):
-    torch.manual_seed(1)
-    return torch.randn(samples, 20), torch.arange(samples) % 4
 
 
 class Around(nn.Module):
