@@ -17,7 +17,7 @@ NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-hostile types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-survival test-hostile types lab verify report bench notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -85,8 +85,11 @@ test-notebooks: env
 mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign checksum": only some
 	$(VENV)/bin/python tests/mutants/run.py $(NAMES)
 
-test-machines: env  ## the tests that differ between machines, under other processors and places
+test-machines: env  ## tests that differ between machines, on other processors and places; TIMES=5
 	$(VENV)/bin/python tests/machines.py $(NAMES)
+
+test-survival: env  ## kill `make reproduce` at 20 random moments and start it again; KILLS=20
+	$(VENV)/bin/python tests/survival.py
 
 test-hostile: env  ## 10,000 damaged files in place of 1,000
 	CODEC_MUTATIONS=10000 $(RUN) pytest tests/test_codec_hostile.py

@@ -1,5 +1,7 @@
 """Small networks and data that several test modules use."""
 
+import os
+
 import pytest
 import torch
 from patches import LAYERS
@@ -9,7 +11,7 @@ from study.data import load, sample
 from study.networks import build
 from study.training import fit
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tests/machines.py tries 2
 
 
 @pytest.fixture(scope="session")

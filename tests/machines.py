@@ -2,7 +2,8 @@
 
 A number out of training differs between processors. So the tests that hold such numbers run under
 each variant of what a machine may be; those that read and write files run in other places. A name
-is part of a variant's. ``MACHINES_TESTS`` (paths, separated by spaces) replaces the tests.
+is part of a variant's. ``MACHINES_TESTS`` (paths, separated by spaces) replaces the tests, and
+``TIMES`` is how often in a row each variant has to pass.
 """
 
 import os
@@ -14,15 +15,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mutants.run import ROOT, tree
 
 NUMBERS = (
-    "test_compress.py", "test_finetune.py", "test_quantizers.py", "test_recipe.py",
-    "test_score.py", "test_sequential.py", "study/test_probes.py", "study/test_protocol.py",
-    "study/test_sweep.py", "study/test_training.py", "study/test_verify.py",
+    "test_baselines.py", "test_compress.py", "test_finetune.py", "test_fold.py", "test_lockstep.py",
+    "test_onnx.py", "test_package.py", "test_prune.py", "test_quantizers.py", "test_recipe.py",
+    "test_repair.py", "test_score.py", "test_sequential.py", "test_trained.py",
+    "test_users_files.py", "test_users_models.py", "study/test_probes.py",
+    "study/test_protocol.py", "study/test_survival.py", "study/test_sweep.py",
+    "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
 )  # fmt: skip
 PLACES = (
     "test_codec.py", "test_cli.py", "test_finetune.py", "study/test_data.py",
@@ -30,7 +34,8 @@ PLACES = (
     "study/test_verify.py",
 )  # fmt: skip
 BUSY = "while True: pass"
-LIMIT = 1800  # seconds for one variant
+LIMIT = 1800  # seconds for one run of one variant
+TIMES = int(os.environ.get("TIMES", 1))
 
 
 @dataclass
@@ -179,6 +184,15 @@ def prepared(variant: Variant) -> Iterator[Variant]:
         yield variant
 
 
+def repeated(variant: Variant, times: int) -> tuple[str, str]:
+    """``outcome`` of runs in a row, up to the first that does not pass."""
+    for run in range(1, times + 1):
+        verdict, said = outcome(replace(variant))  # since a variant's place is changed by its run
+        if verdict != "passed":
+            return verdict, said if verdict == "not run" else f"run {run} of {times}: {said}"
+    return verdict, said if times == 1 else f"{times} times {said}"
+
+
 def outcome(variant: Variant) -> tuple[str, str]:
     """``passed``, ``FAILED`` or ``not run``; and counts, the checks that failed, or why not."""
     given = os.environ.get("MACHINES_TESTS", "").split()
@@ -213,7 +227,7 @@ def main(names: list[str]) -> int:
     counts = {"passed": 0, "FAILED": 0, "not run": 0}
     for variant in asked:
         start = time.monotonic()
-        verdict, said = outcome(variant)
+        verdict, said = repeated(variant, TIMES)
         counts[verdict] += 1
         seconds = time.monotonic() - start
         print(f"{variant.name:34} {verdict:8} {seconds:5.0f} s  {said}", flush=True)

@@ -1,9 +1,9 @@
 """Damaged, foreign and lying files: refused, in no time and without much memory.
 
-Time is that of the processor, so that other work on the machine does not count.
+Time is that of the processor, so that other work on the machine does not count. Memory is bounded
+by the kernel, which counts what torch allocates as well as what numpy does: see `xaic_files`.
 """
 
-import contextlib
 import os
 import time
 import tracemalloc
@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from xaic_files import example, same
+from xaic_files import ROOM, example, same, tried
 
 from lib.codec import Compressed, CompressedFileError, Constant, container
 from lib.codec.bytestream import Reader, write_int, write_text
@@ -60,13 +60,11 @@ def mutated(data, rng, last):
 def rejected(data):
     """The error, after checking that refusing took neither long nor much memory."""
     tracemalloc.start()
-    started = time.process_time()
-    with pytest.raises(CompressedFileError) as caught:
-        Compressed.from_bytes(data)
-    assert time.process_time() - started < 1
-    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    error = tried(data)
+    assert tracemalloc.get_traced_memory()[1] < ROOM
     tracemalloc.stop()
-    return str(caught.value)
+    assert isinstance(error, CompressedFileError)
+    return str(error)
 
 
 def test_foreign_newer_and_damaged_files(compressed, tmp_path):
@@ -83,15 +81,9 @@ def test_foreign_newer_and_damaged_files(compressed, tmp_path):
 
 def test_no_mutation_loads_with_wrong_weights(compressed):
     data, rng = compressed.to_bytes(), np.random.default_rng(0)
-    slowest = 0.0
     for _ in range(MUTATIONS):
         mutant = mutated(data, rng, len(data))
-        if mutant != data:
-            started = time.process_time()
-            with pytest.raises(CompressedFileError):
-                Compressed.from_bytes(mutant)
-            slowest = max(slowest, time.process_time() - started)
-    assert slowest < 1
+        assert mutant == data or isinstance(tried(mutant), CompressedFileError)
 
 
 def test_mutations_with_a_matching_checksum_neither_crash_nor_hang(compressed):
@@ -106,10 +98,7 @@ def test_mutations_with_a_matching_checksum_neither_crash_nor_hang(compressed):
         else:
             place = int(rng.integers(6, len(data) - 16))
             mutant = sealed(data[:place] + rng.bytes(1) + data[place + 1 : -16])
-        started = time.process_time()
-        with contextlib.suppress(CompressedFileError):
-            Compressed.from_bytes(mutant).state_dict()
-        assert time.process_time() - started < 1
+        tried(mutant)
 
 
 HUGE = write_int(1 << 27)
@@ -231,6 +220,14 @@ def shapes(entries):
     return {name: tuple(container.shape_of(entry)) for name, entry in entries.items()}
 
 
+def decoded(loaded, network):
+    """Decode all, and into the network if that is what the file holds."""
+    there, state = shapes(loaded), loaded.state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == there
+    if there == {name: tuple(value.shape) for name, value in network.state_dict().items()}:
+        loaded.to_model(network)
+
+
 def test_mutations_of_real_files_give_an_error_or_the_stated_shapes():
     """Half of them by a hostile writer, who makes the checksum right again."""
     rng, outcomes = np.random.default_rng(2), {"refused": 0, "loaded": 0}
@@ -242,20 +239,9 @@ def test_mutations_of_real_files_give_an_error_or_the_stated_shapes():
         hostile = number % 2 == 0
         mutant = mutated(files[path], rng, last=len(files[path]) - 16 * hostile)
         mutant = sealed(bytes(mutant[: len(mutant) - 16])) if hostile else bytes(mutant)
-        started = time.process_time()
-        try:
-            loaded = Compressed.from_bytes(mutant)
-            stated = shapes(loaded)
-            state = loaded.state_dict()
-            assert {name: tuple(value.shape) for name, value in state.items()} == stated
-            network = networks[path.name.split("-")[1]]
-            wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-            if stated == wanted:
-                loaded.to_model(network)
-            assert hostile or mutant == files[path]
-            outcomes["loaded"] += 1
-        except CompressedFileError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-        assert time.process_time() - started < 1, path
+        network = networks[path.name.split("-")[1]]
+        found = tried(mutant, lambda loaded, n=network: decoded(loaded, n))
+        assert found is None or "\n" not in str(found)
+        outcomes["loaded" if found is None else "refused"] += 1
+        assert found or hostile or mutant == files[path]
     assert min(outcomes.values()) > 0.02 * MUTATIONS

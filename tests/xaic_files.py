@@ -1,10 +1,22 @@
-"""Codes, a compressed model, and equality bit by bit, for several test modules."""
+"""Codes, a compressed model, equality bit by bit, and decoding within bounds, for several tests."""
+
+import contextlib
+import math
+import resource
+import sys
+import time
+import zlib
 
 import torch
 from torch import nn
 
-from lib.codec import Compressed, Constant, container
+from lib.codec import Compressed, CompressedFileError, Constant, container
+from lib.codec.bytestream import Reader
 from lib.quantize import Codes
+
+ROOM = 64 << 20  # bytes for what has no stated size: headers, tables of the entropy coder
+BYTES = 40  # for each element that is stated: symbols, their order, tiers and decoded values
+PAGE = resource.getpagesize()
 
 
 def codes(shape, kind="uniform", seed=0, levels=3):
@@ -43,3 +55,52 @@ def same(first, second):
         a.dtype == b.dtype and a.shape == b.shape and container._raw(a) == container._raw(b)
         for a, b in zip(first.values(), second.values(), strict=True)
     )
+
+
+@contextlib.contextmanager
+def room(more):
+    """So many bytes, and none beyond them, for what is allocated meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":  # others do not say how much a process has, or keep to no limit
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * PAGE
+        resource.setrlimit(resource.RLIMIT_AS, (held + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def stated(data):
+    """How many elements the header states; none where it cannot be read, or states too many."""
+    reader = Reader(bytes(data[6:-16]))
+    try:
+        header = Reader(zlib.decompress(reader.take(reader.varint())))
+        for _ in range(2 * header.varint()):
+            header.text()
+        shapes_of = []
+        for _ in range(header.varint()):
+            header.text()
+            kind, shape, *_ = container._read_fields(header)
+            shapes_of.append(shape if kind != container._ALIAS else (0,))
+    except (ValueError, RuntimeError, zlib.error):
+        return 0
+    elements = sum(math.prod(shape) for shape in shapes_of)
+    return elements if elements <= container._most_elements(len(data)) else 0
+
+
+def tried(data, use=Compressed.state_dict):
+    """What `use` makes of the file, or the error that refuses it.
+
+    Checks that it took neither a second nor more memory than the stated sizes allow.
+    """
+    started = time.process_time()
+    with room(ROOM + BYTES * stated(data)):
+        try:
+            result = use(Compressed.from_bytes(data))
+        except CompressedFileError as error:
+            result = error
+            why = error.__cause__
+            assert not isinstance(why, MemoryError) and "allocate" not in str(why), why
+    assert time.process_time() - started < 1
+    return result

@@ -1,7 +1,6 @@
 """Work that is killed, and disks that are full, read-only or damaged: nothing is lost."""
 
 import errno
-import json
 import os
 import random
 import signal
@@ -11,14 +10,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file
+from survival import written
 
 import lib.files
 from lib import RECIPES
 from study import __main__, bases, publish, records
 from study.data import split
-from study.digests import of_tensors
 from study.networks import build
 from study.records import write_json
 from study.training import fit
@@ -58,26 +55,6 @@ def begun(folder):
     process = subprocess.Popen([sys.executable, "-c", WORK], env=told, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"begin\n"
     return process
-
-
-def written(folder):
-    """Content of all files by path; of records all but where they come from.
-
-    Of checkpoints tensors and remarks: safetensors writes remarks in an order of its own each time.
-    """
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = path.read_bytes()
-        if path.suffix == ".json" and b'"provenance"' in content:
-            content = json.dumps({**json.loads(content), "provenance": None}).encode()
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                remarks = sorted(file.metadata().items())
-            tensors = {name: of_tensors([tensor]) for name, tensor in load_file(path).items()}
-            content = repr((sorted(tensors.items()), remarks))
-        if not path.name.startswith("."):
-            found[path.relative_to(folder).as_posix()] = content
-    return found
 
 
 def test_killed_at_any_moment_and_started_again_the_results_are_the_same(tmp_path):
