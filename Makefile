@@ -46,6 +46,7 @@ reproduce: env  ## run all notebooks, regenerate results and figures, print the 
 # The later notebooks take longest and start first, so that no core waits for them at the end. In
 # the quick profile each has a core to itself, in the paper profile one after the other has them all.
 FIRST = $(patsubst %,run-%,$(shell echo $(filter-out 09-paper,$(NOTEBOOKS)) | tr ' ' '\n' | sort -r))
+LAST = $(patsubst %,run-%,$(filter 09-paper,$(NOTEBOOKS)))
 ifeq ($(PROFILE),quick)
 MANY = LOKY_MAX_CPU_COUNT=1 $(MAKE) --no-print-directory --jobs=$(shell getconf _NPROCESSORS_ONLN)
 else
@@ -54,7 +55,8 @@ endif
 
 run-all:
 	@trap 'echo "stopped; run again to go on"; exit 130' INT; \
-	$(RUN) study bases $(CASES) && $(MANY) $(FIRST) && $(MAKE) --no-print-directory run-09-paper && \
+	$(RUN) study bases $(CASES) && $(MANY) $(FIRST) && \
+	$(if $(LAST),$(MAKE) --no-print-directory $(LAST) &&) \
 	$(RUN) study claims $(CASES)
 
 run-%: env

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", 20))
 SMALL = {
-    "NOTEBOOKS": "01-train 03-pruning 04-mixed-precision 09-paper",
+    "NOTEBOOKS": "01-train 04-mixed-precision",
     "DATASETS": "digits/lenet300",
     "PER_CLASS": "2",
 }

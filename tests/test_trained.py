@@ -1,6 +1,7 @@
 """Quantization-aware training: what is assigned, by what it is weighed, and what training does."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +198,26 @@ def test_more_for_a_bit_makes_smaller_files(trained, digits, references):
             for price in ((0.03, 0.3) if isinstance(store, RateDistortion) else (0.3, 30))
         ]
         assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_a_bit_of_ecqx_costs_less_in_smaller_layers():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 5))
+    masks = {f"{i}.weight": torch.ones_like(network[i].weight, dtype=torch.bool) for i in (0, 1)}
+    removed = SimpleNamespace(network=network, masks=masks)
+    _, _, grids = ECQx(price=2.0).start(removed, None, None)
+    for i, share in ((0, 1.0), (1, 0.25)):
+        expected = 2.0 * float(network[i].weight.detach().square().mean()) * share
+        assert grids[f"{i}.weight"].lam == pytest.approx(expected)
+
+
+def test_ecqx_keeps_half_of_the_relevance_of_before(monkeypatch):
+    scores = {"w": torch.tensor([4.0, -1.0, 0.0, 1.0])}
+    monkeypatch.setattr("lib.quantize.ecqx.criterion", lambda by: lambda *_: scores)
+    grids, store = {"w": SimpleNamespace(zero=None)}, ECQx()
+    store.refresh(None, grids, ())
+    first = torch.tensor([1.0, 0.5, 0.0, 0.5]) / 0.5  # roots over the largest, one in the mean
+    assert torch.allclose(grids["w"].zero, first)
+    scores["w"] = torch.tensor([0.0, 9.0, 9.0, 0.0])
+    store.refresh(None, grids, ())
+    assert torch.allclose(grids["w"].zero, (first + torch.tensor([0.0, 2.0, 2.0, 0.0])) / 2)

@@ -69,12 +69,15 @@ def _bases(study: "Study", parameters: dict) -> int:
 
 
 def _claims(study: "Study", parameters: dict) -> int:
-    """Write ``CLAIMS.md``, and print in twelve lines what all of it came to."""
+    """Write ``CLAIMS.md``; print verdicts that changed, and in twelve lines what all came to."""
     from . import publish
     from .records import read_claims
 
     publish.write_claims(study.results)
-    print(publish.closing(study, read_claims(study.results), _committed(study)))
+    claims, committed = read_claims(study.results), _committed(study)
+    for line in publish.changed(claims, committed):
+        print(line)
+    print(publish.closing(study, claims, committed))
     return 0
 
 

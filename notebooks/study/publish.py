@@ -78,6 +78,17 @@ def write_claims(results: Path) -> None:
     write(results / "CLAIMS.md", claims_text(results))
 
 
+def changed(claims: list[dict], committed: list[dict]) -> list[str]:
+    """Claims whose verdict is not the committed one: with both, and what was measured for each."""
+    before = {_key(claim): claim for claim in committed}
+    return [
+        f"{now['id']} {now['where']}, {now['claim']}: "
+        f"{then['verdict']} ({then['ours']}) -> {now['verdict']} ({now['ours']})"
+        for now in claims
+        if (then := before.get(_key(now), now))["verdict"] != now["verdict"]
+    ]
+
+
 def closing(study, claims: list[dict], committed: list[dict]) -> str:
     """What a reviewer asks when all has run, in at most twelve lines.
 
@@ -91,8 +102,8 @@ def closing(study, claims: list[dict], committed: list[dict]) -> str:
     Returns
     -------
     str
-        Which claims hold, are open and fail; which differ from the committed ones; where figures,
-        tables and executed notebooks are; what was not run.
+        Which claims hold, are open and fail; how many differ from the committed ones; where
+        figures, tables and executed notebooks are; what was not run.
     """
     asked = Counter(claim["id"] for claim in claims)
     held = sum(claim["verdict"] == HOLDS for claim in claims)
@@ -101,15 +112,12 @@ def closing(study, claims: list[dict], committed: list[dict]) -> str:
         found = Counter(claim["id"] for claim in claims if claim["verdict"] == verdict)
         counts = (f"{i} {found[i]} of {asked[i]}" for i in asked if found[i])
         lines.append(f"  {verdict}: {', '.join(counts) or 'none'}")
-    before = {_key(claim): claim["verdict"] for claim in committed}
-    changed = [
-        f"{c['id']} {c['where']} {then} -> {c['verdict']}"
-        for c in claims
-        if (then := before.get(_key(c), c["verdict"])) != c["verdict"]
-    ]
     if committed:
-        said = f": {'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}" if changed else ""
-        lines.append(f"{len(changed)} verdicts differ from the committed ones (git HEAD){said}")
+        known = {_key(claim) for claim in committed}
+        new = sum(_key(claim) not in known for claim in claims)
+        count = len(changed(claims, committed))
+        said = f"{count} verdicts differ from the committed ones (git HEAD)"
+        lines.append(said + ", listed above" * (count > 0) + f"; {new} claims are new" * (new > 0))
     places = {
         "each claim with what was measured": study.results / "CLAIMS.md",
         "figures": study.figures,

@@ -1,5 +1,6 @@
 """Figures and tables show the numbers of their tables; methods are told from each other."""
 
+import base64
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from study import answers, figures, names, palette
+from study import answers, figures, names, palette, sliders
 from study.tables import Table
 
 METHODS = ("BLUE", "SKY", "GREEN", "INDIGO", "RED", "ORANGE", "PURPLE", "WINE")
@@ -186,3 +187,20 @@ def test_the_answer_of_the_last_notebook_counts_and_names_what_is_unanimous():
     assert "Of 6 readings of claims 3 hold, 1 are open and 2 fail" in text
     assert "hold in every reading: C1 on LeNet-5 on a; " in text
     assert text.endswith("fail in every one: C2 on LeNet-5 on a.</b>")
+
+
+def test_a_slider_shows_the_picture_of_its_place(monkeypatch):
+    seen, box = [], sliders.ipywidgets.VBox
+    monkeypatch.setattr(sliders.ipywidgets, "VBox", lambda parts: seen.extend(parts) or box(parts))
+    frames = {}
+    for place in ("2x", "4x", "8x"):
+        frames[place], axes = plt.subplots(figsize=(1, 1))
+        axes.set_title(place)
+    shown = sliders.Slider("smaller by", frames)
+    stored = shown._repr_mimebundle_()["image/png"]
+    slider, picture = seen
+    assert len(set(shown.pictures.values())) == 3 and slider.value == "4x"
+    assert base64.b64decode(stored) == picture.value == shown.pictures["4x"]
+    for place in ("8x", "2x", "4x"):
+        slider.value = place
+        assert picture.value == shown.pictures[place]

@@ -180,3 +180,10 @@ def test_both_sides_of_a_comparison_get_the_same_images_and_steps(replays):
     assert any(name.startswith("deeplift") for name in tuned) and "lrp, pruned, fine-tuned" in tuned
     assert {n for n, r in study.recipes.items() if "fine-tuned" in n} <= set(tuned)
     assert {"deeplift 100%", "deeplift 80%", "lrp", "lrp root"} <= set(study.models)
+
+
+def test_all_quantizers_that_train_get_the_profiles_steps(replays):
+    (study,) = [study for study, *_ in replays.values() if "trained" in study.tables]
+    steps = {n: r.store.steps for n, r in study.recipes.items() if r.store.trains}
+    assert {"ECQx", "lrp root, trained", "alike, trained"} <= set(steps)
+    assert set(steps.values()) == {study.profile.training}

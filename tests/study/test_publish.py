@@ -1,12 +1,13 @@
+import json
 import re
 
 import pandas as pd
 import pytest
 
 from lib import RECIPES
-from study import Study, publish
+from study import Study, __main__, publish
 from study.paths import ROOT
-from study.records import read_claims
+from study.records import read_claims, write_json
 
 TEXT, APPENDIX = publish.README.read_text(), publish.ARTIFACT.read_text()
 CHECKLIST = (ROOT / "REPRODUCIBILITY.md").read_text()
@@ -109,3 +110,29 @@ def test_what_reproduce_prints_at_its_end_fits_twelve_lines():
     for place in ("CLAIMS.md", "figures", "tables", "notebooks"):
         assert sum(place in line for line in lines) >= 1
     assert "VGG-16 on CIFAR-10 (JPEG)" in lines[-1] and "C7: " in lines[-1]
+
+
+def test_after_a_run_all_verdicts_that_changed_are_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESULTS_ROOT", str(tmp_path))
+    monkeypatch.setattr("study.data.CACHE", tmp_path / "cache")
+
+    def rows(*verdicts):
+        row = {"id": "B1", "where": "a-x", "expected": "1", "seeds": [0], "notebook": "01-train"}
+        return [row | {"claim": f"s{i}", "ours": f"0.{i}", "verdict": v, "holds": v == "holds"}
+                for i, v in enumerate(verdicts)]  # fmt: skip
+
+    def git(*words):
+        assert words == ("show", "HEAD:results/quick/claims-01-train.json")
+        return json.dumps(rows(*["holds"] * 9)).encode()
+
+    monkeypatch.setattr("study.records.git", git)
+    now = rows(*["fails"] * 7, "holds", "open", "fails")
+    write_json(tmp_path / "quick" / "claims-01-train.json", now)
+    assert __main__.main(["claims"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    listed = [f"B1 a-x, s{i}: holds (0.{i}) -> fails (0.{i})" for i in range(7)]
+    assert said[:8] == [*listed, "B1 a-x, s8: holds (0.8) -> open (0.8)"]
+    (counted,) = [line for line in said if "differ from" in line]
+    assert counted == (
+        "8 verdicts differ from the committed ones (git HEAD), listed above; 1 claims are new"
+    )

@@ -1,0 +1,106 @@
+"""What notebooks say in words and show in tables that no text compares: answers, and lessons."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from study import answers, lessons
+from study.paths import ROOT
+from study.records import write_json
+
+SMALL, LARGE = "digits-lenet5-s0", "digits-resnet8-s0"
+
+
+def row(identifier, where, verdict, claim="s", ours="1.00", expected="96.0"):
+    return {"id": identifier, "where": where, "verdict": verdict, "claim": claim, "ours": ours,
+            "expected": expected, "seeds": [0], "holds": verdict == "holds"}  # fmt: skip
+
+
+def on_both(identifier, sentence, what, found):
+    """Claims about two networks, by reading what is told of each."""
+    return [
+        row(identifier, where, "fails", sentence.format(reading)) | {what: value}
+        for reading, values in found.items()
+        for where, value in zip((SMALL, LARGE), values, strict=True)
+    ]
+
+
+def test_answers_count_what_holds_and_neither_what_is_open_nor_what_fails():
+    rows = [row("C1", SMALL, "holds"), row("C1", SMALL, "open"), row("C1", LARGE, "fails"),
+            row("C2", LARGE, "holds"), row("C3", SMALL, "open")]  # fmt: skip
+    assert answers.ANSWERS["05-xai-baseline"](rows) == (
+        "How many readings hold: 64 % smaller, 1 of 2 on LeNet-5 on digits, 0 of 1 on ResNet-8 on "
+        "digits; 42 % more accurate, 1 of 1 on ResNet-8 on digits; at most one point lost, 0 of 1 "
+        "on LeNet-5 on digits."
+    )
+    trained = [row("B1", SMALL, "holds", ours="97.22"), row("B1", LARGE, "open", ours="95.90")]
+    said = answers.ANSWERS["01-train"](trained)
+    assert said.startswith("1 of 2 are for certain")
+    assert "LeNet-5 on digits 97.22 % (known for 96.0 %); ResNet-8 on digits 95.90 %" in said
+    needed = on_both("A1", "the reading needs {}", "verdict",
+                     {"refitting": ("holds", "holds"), "rounds": ("holds", "open")})  # fmt: skip
+    said = answers.ANSWERS["07-which-ingredient"](needed)
+    assert said == "Of 2 networks, so many need it — 2: refitting; 1: rounds."
+
+
+def test_answers_tell_readings_apart():
+    lost = on_both("C4", "s ({})", "ours", {
+        "literal, no training": ("83.06 points lost", "88.61 points lost"),
+        "the half nearest zero": ("-0.28 points lost", "1.11 points lost"),
+    })  # fmt: skip
+    said = answers.ANSWERS["03-pruning"](lost)
+    assert "all at once they cost 83.1 to 88.6 points" in said
+    assert "the rest refitted, cost -0.3 to 1.1" in said
+    tested = on_both("C5", "s ({})", "verdict", {
+        "rate-distortion by relevance": ("holds", "fails"),
+        "tiers by |relevance|": ("fails", "open"),
+    })  # fmt: skip
+    said = answers.ANSWERS["04-mixed-precision"](tested)
+    assert "on 1 of 2 networks if relevance weighs the rounding" in said
+    assert "and on 0 of 2 networks if it ranks weights" in said
+
+
+@pytest.mark.parametrize("lost, said", [("0.28", "loses 0.28 points"), ("-0.28", "loses no test")])
+def test_the_answer_is_that_of_the_last_run_and_else_the_committed_one(lost, said, tmp_path):
+    study = SimpleNamespace(results=tmp_path, name="quick")
+    committed = answers.answer(study, "00-quickstart").text
+    assert "times smaller than the float32" in committed
+    found = {"Q1": "123.4", "Q2": lost, "Q3": "equal"}
+    rows = [row(name, SMALL, "holds", ours=ours) for name, ours in found.items()]
+    write_json(tmp_path / "claims-00-quickstart.json", rows)
+    text = answers.answer(study, "00-quickstart").text
+    assert text != committed and "123.4 times smaller" in text and said in text
+    nothing = SimpleNamespace(results=tmp_path / "none", name="none")
+    assert answers.answer(nothing, "00-quickstart").text.startswith("Not known yet")
+
+
+def test_of_each_setting_the_best_and_the_worst_value():
+    runs = [("rule", "epsilon", 90.0), ("rule", "epsilon", 92.0), ("rule", "gamma", 96.0),
+            ("rule", "zplus", 80.0)]  # fmt: skip
+    turned = pd.DataFrame(runs, columns=["recipe", "value", "test_accuracy"])
+    table = lessons.by_value(turned.assign(base_test_accuracy=97.0))
+    assert table.loc["rule"].to_dict() == {
+        "best": "gamma", "least lost": 1.0, "worst": "zplus", "most lost": 17.0
+    }  # fmt: skip
+
+
+def test_a_setting_is_turned_in_runs_that_differ_in_nothing_else():
+    turned = lessons.settings(ROOT / "results" / "quick")
+    assert set(turned["recipe"]) == set(lessons.TURNED)
+    for setting, rows in turned.groupby("recipe"):
+        assert rows["value"].nunique() == len(rows) > 1, setting
+        assert len(rows[["dataset", "model", "seed"]].drop_duplicates()) == 1, setting
+
+
+@pytest.mark.parametrize(
+    "order, gone", [("nearest zero first", {0.0, -1.0}), ("farthest first", {-4.0, -2.0})]
+)
+def test_a_share_of_the_nonpositive_weights_goes_in_its_order(order, gone):
+    scores = {"a": torch.tensor([[-4.0, -1.0, 2.0]]), "b": torch.tensor([-2.0, 0.0, 5.0])}
+    masks = lessons._without(scores, order, 0.5)
+    assert {float(v) for name in scores for v in scores[name][~masks[name]]} == gone
+    assert all(mask.all() for mask in lessons._without(scores, order, 0).values())
+    every = lessons._without(scores, "at random", 1)
+    assert all(torch.equal(every[name], scores[name] > 0) for name in scores)
