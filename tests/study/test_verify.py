@@ -158,6 +158,21 @@ def test_claims_are_recomputed_and_their_texts_compared(study, capsys):
     assert f"B1 digits-lenet300: {row['ours']}, not 99.99" in out and "2 FAIL" in out
 
 
+def test_readmes_tables_have_to_follow_from_the_claims(study, capsys):
+    study.save_claims("01-train", claims.base_networks(study.load_table("bases")))
+    publish.write_claims(study.results)
+    readme = study.results.parents[1] / "README.md"
+    text = publish.filled("<!-- verdicts: quick -->\n<!-- end -->", readme.parent)
+    for content, code, verdict in ((text, 0, "pass"), (text.replace("|", "| 1", 1), 1, "FAIL")):
+        readme.write_text(content)
+        capsys.readouterr()
+        assert verify.verify(study) == code
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == f"the files of {study.results} are verified"  # rather than git HEAD
+        (line,) = [line for line in said if "tables of README.md from results/" in line]
+        assert line.split()[0] == verdict
+
+
 def test_claims_of_the_sequential_pipeline_are_recomputed_and_peers_are_no_runs(study, capsys):
     table = study.load_table("curve")
     both = pd.concat(table.assign(recipe=name) for name in ("lrp root", "lrp root, sequential"))
