@@ -221,3 +221,13 @@ def test_ecqx_keeps_half_of_the_relevance_of_before(monkeypatch):
     scores["w"] = torch.tensor([0.0, 9.0, 9.0, 0.0])
     store.refresh(None, grids, ())
     assert torch.allclose(grids["w"].zero, (first + torch.tensor([0.0, 2.0, 2.0, 0.0])) / 2)
+
+
+def test_training_gets_the_seed_and_the_steps_that_were_asked_for(monkeypatch):
+    seen, network = [], nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 5))
+    monkeypatch.setattr("lib.quantize.trained.finetune", lambda *_, **how: seen.append(how))
+    masks = {f"{i}.weight": torch.ones_like(network[i].weight, dtype=torch.bool) for i in (0, 1)}
+    images = torch.randn(8, 20)
+    removed = SimpleNamespace(network=network, masks=masks, seed=7, train=(images, None))
+    _, codes = ECQx(steps=3).store(removed, None, images)
+    assert [(how["seed"], how["steps"]) for how in seen] == [(7, 3)] and set(codes) == set(masks)
