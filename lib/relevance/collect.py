@@ -109,11 +109,9 @@ class Run(Generic[C]):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [batch, ...] and labels [batch], on the model's device."""
+        network = self.propagate.model
         for part in batched(len(self.images), self.batch_size):
-            yield (
-                own(self.images[part], self.propagate.model),
-                own(self.labels[part], self.propagate.model),
-            )
+            yield own(self.images[part], network), own(self.labels[part], network)
 
     def collect(self) -> C:
         """Propagate everything; gives the collector."""
