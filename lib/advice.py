@@ -4,23 +4,18 @@ import warnings
 
 from torch import Tensor, nn
 
-from .codec import Compressed
+from .codec import Compressed, identity
 from .finetune import evaluate
+from .inputs import tensors_of
 from .prune import Removed
 
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
 FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Its state_dict, without what modules add to it that is no tensor (extra state)."""
-    return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
 def float_bytes(model: nn.Module) -> int:
     """Bytes of a state_dict in float32; integer buffers as they are, tied weights once."""
-    entries = tensors_of(model).values()
-    single = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else id(t): t for t in entries}
+    single = {identity(tensor): tensor for tensor in tensors_of(model).values()}
     return sum((4 if t.is_floating_point() else t.element_size()) * t.numel()
                for t in single.values())  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Fine-tuning under a mask, and accuracy: the two uses that compression makes of labels."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,31 +33,26 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-def _endless(data: Batches, batch_size: int, seed: int) -> Iterator[Pair]:
+def _endless(data: Batches, size: int, seed: int) -> Iterator[Pair]:
+    """Batches of the data, gone through again and again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
+        epoch: Any = data
+        if _is_pair(data):
+            images, labels = data
+            epoch = ((images[i], labels[i]) for i in batches(len(labels), size, generator))
         batch = None
-        for batch in _epoch(data, batch_size, generator):
+        for batch in epoch:
             yield batch
         if batch is None:
             raise ValueError("the training data hold no batch")
 
 
-def _epoch(data: Batches, size: int, generator: torch.Generator) -> Iterator[Pair]:
-    if _is_pair(data):
-        images, labels = data
-        for index in batches(len(labels), size, generator):
-            yield images[index], labels[index]
-    else:
-        for images, labels in data:
-            yield images, labels
-
-
 def finetune(
     model: nn.Module, masks: Mapping[str, Tensor], data: Batches, *, steps: int,
     optimiser: str = "adam", lr: float = 1e-3, batch_size: int = 128, seed: int = 0,
-    coded: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
-    refresh: Callable[[], None] | None = None, scales: Mapping[str, float] | None = None,
+    within: Callable[[int], AbstractContextManager] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
@@ -80,11 +76,9 @@ def finetune(
         Images of a step, where ``data`` are tensors.
     seed : int
         Of the order, likewise.
-    coded : callable, optional
-        (step, parameters by name) -> those that the network computes with at that step, and ends
-        with; their gradients move the values behind them (straight-through).
-    refresh : callable, optional
-        With ``coded``: called at every tenth of the steps, while the network holds coded weights.
+    within : callable, optional
+        Step -> context of its forward and backward pass, such as one in which the network holds
+        other values, whose gradients move the ones before (straight-through).
     scales : mapping of str to float, optional
         Factors of the learning rate, by what the names of the parameters begin with.
 
@@ -104,21 +98,15 @@ def finetune(
     ]  # fmt: skip
     descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
-    named = dict(model.named_parameters())
     for step, (images, labels) in enumerate(islice(_endless(data, batch_size, seed), steps)):
-        behind = _exchanged(named, coded, step) if coded else {}
-        if refresh and step % max(1, steps // 10) == 0:
-            refresh()
         descent.zero_grad()
-        F.cross_entropy(model(own(images, model)), labels.to(device)).backward()
-        _put(named, behind)
+        with within(step) if within else nullcontext():
+            F.cross_entropy(model(own(images, model)), labels.to(device)).backward()
         descent.step()
         schedule.step()
         with torch.no_grad():
             for parameter, mask in masked:
                 parameter.mul_(mask)
-    if coded:
-        _exchanged(named, coded, steps)
     descent.zero_grad()
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise ValueError(
@@ -126,20 +114,6 @@ def finetune(
             f"learning rate below {lr}"
         )
     return model
-
-
-@torch.no_grad()
-def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
-
-
-def _exchanged(parameters: Mapping[str, nn.Parameter], coded: Callable, step: int) -> dict:
-    """Put coded values in place; return those that they stand for."""
-    new = coded(step, {name: p.detach() for name, p in parameters.items()})
-    behind = {name: parameters[name].detach().clone() for name in new}
-    _put(parameters, new)
-    return behind
 
 
 def check_batches(name: str, data: Batches | None) -> None:

@@ -120,12 +120,10 @@ def check_samples(images: Any, labels: Any) -> None:
     """Raise ValueError unless images are finite, not empty, and as many as the labels."""
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
+            loader = hasattr(value, "dataset") or isinstance(value, Iterator)
+            remedy = "take a batch out of it" if loader else f"use torch.as_tensor({name})"
             kind = type(value).__name__
-            raise ValueError(
-                f"{name} must be a torch.Tensor, not a {kind}: take a batch out of it"
-                if hasattr(value, "dataset") or isinstance(value, Iterator)
-                else f"{name} must be a torch.Tensor, not a {kind}: use torch.as_tensor({name})"
-            )
+            raise ValueError(f"{name} must be a torch.Tensor, not a {kind}: {remedy}")
     check_images(images)
     if labels.shape != (len(images),):
         shape = tuple(labels.shape)
@@ -148,11 +146,9 @@ def check_images(images: Tensor) -> None:
 def check_logits(logits: Any, labels: Tensor) -> None:
     """Raise ValueError unless the output for some images is logits that the labels index."""
     if not isinstance(logits, Tensor):
-        fields = ""
         if isinstance(logits, Mapping):
-            fields = (
-                f" with {', '.join(map(repr, logits))}: say which, output=lambda o: o['logits']"
-            )
+            names = ", ".join(map(repr, logits))
+            fields = f" with {names}: say which, output=lambda o: o['logits']"
         elif isinstance(logits, (tuple, list)) and not hasattr(logits, "_fields"):
             fields = f" of {len(logits)}: say which holds the logits, output=lambda o: o[0]"
         else:
@@ -201,9 +197,8 @@ def probed(network: nn.Module, images: Tensor) -> Any:
 def own(batch: Tensor, network: nn.Module) -> Tensor:
     """A copy of some images that a network may change, on its device and in a dtype it has."""
     batch = batch.detach()
-    parameters = [p for p in network.parameters() if p.is_floating_point()]
-    dtypes = [p.dtype for p in parameters]
-    if batch.is_floating_point() and parameters and batch.dtype not in dtypes:
+    dtypes = [p.dtype for p in network.parameters() if p.is_floating_point()]
+    if batch.is_floating_point() and dtypes and batch.dtype not in dtypes:
         batch = batch.to(dtypes[0])
     device = next((p.device for p in network.parameters()), batch.device)
     return batch.to(device).clone()
@@ -263,6 +258,11 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Its state_dict, without what modules add to it that is no tensor (extra state)."""
+    return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -99,14 +99,9 @@ def to_onnx(
     images = images.float() if images.is_floating_point() else images
     data = _trace(decoded, images)
     if int8:
-        try:
+        with _saying("the network cannot be written in 8 bits", "Write it in float32 (int8=False)"):
             data = quantize(data, decoded, compressed, images)
             _logits(_session(data), images[:2])
-        except Exception as error:  # as onnxruntime raises anything
-            raise ValueError(
-                f"the network cannot be written in 8 bits: {_first_line(error)}. Write it in "
-                "float32 (int8=False)"
-            ) from error
     write_bytes(path, data)
     return len(data)
 
@@ -132,11 +127,11 @@ def run_onnx(path: str | Path, images: Tensor, batch_size: int = 500) -> Tensor:
     """
     _packages()
     try:
-        session = _session(Path(path).read_bytes())
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); write it first") from None
-    except Exception as error:  # onnxruntime has a dozen of its own, without a common base
-        raise ValueError(f"{path} is not a usable ONNX file: {_first_line(error)}") from error
+    with _saying(f"{path} is not a usable ONNX file"):
+        session = _session(data)
     return torch.cat([_logits(session, part) for part in images.detach().cpu().split(batch_size)])
 
 
@@ -157,27 +152,21 @@ def _trace(model: nn.Module, images: Tensor) -> bytes:
     onnx, _ = _packages()
     few, more = (images[torch.arange(n) % len(images)] for n in (2, 5))
     with _composed_attention(), torch.no_grad():
-        try:
+        shape = list(images.shape)
+        with _saying(f"the model cannot be run on images {shape}, give it images as in training"):
             expected = model(more)
-        except Exception as error:  # a user's forward raises anything
-            raise ValueError(
-                f"the model cannot be run on images {list(images.shape)}, give it images as in "
-                f"training: {_first_line(error)}"
-            ) from error
         if not isinstance(expected, Tensor) or expected.shape[:1] != more.shape[:1]:
             raise ValueError(
                 "only a network with one output, a tensor [N, ...], can be exported; wrap yours "
                 "in a module that returns one"
             )
-        try:
+        with _saying(
+            "the network cannot be written as ONNX", "Replace that operation, or keep the "
+            "compressed file (Compressed.save) and run it with to_model",
+        ):  # fmt: skip
             data = _export(model, few)
             onnx.checker.check_model(data, full_check=True)
             found = _logits(_session(data), more)
-        except Exception as error:  # as do the exporter, the checker and onnxruntime
-            raise ValueError(
-                f"the network cannot be written as ONNX: {_first_line(error)}. Replace that "
-                "operation, or keep the compressed file (Compressed.save) and run it with to_model"
-            ) from error
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
     if not difference < TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(
@@ -228,14 +217,15 @@ def _logits(session: Any, images: Tensor) -> Tensor:
     """Outputs of a session with one input and one output for one batch."""
     images = images.float() if images.is_floating_point() else images
     (source,), (target,) = session.get_inputs(), session.get_outputs()
-    try:
+    with _saying(f"the ONNX file takes {source.shape} and cannot be run on {list(images.shape)}"):
         return torch.from_numpy(session.run([target.name], {source.name: images.numpy()})[0])
-    except Exception as error:  # as above
-        raise ValueError(
-            f"the ONNX file takes {source.shape} and cannot be run on {list(images.shape)}: "
-            f"{_first_line(error)}"
-        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextlib.contextmanager
+def _saying(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise ValueErrors: users' forwards, exporter, checker and onnxruntime raise anything."""
+    try:
+        yield
+    except Exception as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{what}: {why}" + (f". {remedy}" if remedy else "")) from error

@@ -830,6 +830,9 @@ def test_filter_relevance_of_a_transposed_convolution_is_its_output_channels(gro
         channels = filter_relevance(scores, model)["0.weight"]
         logit = model(image)[0, label].detach()
         _assert_near(channels, logit * nn.functional.one_hot(torch.tensor(label), 6), 1e-4)
+    scores = {"weight": torch.rand(4, 6 // groups, 2, 2)}  # of the layer by itself
+    alone, within = filter_relevance(scores, layer), {"0.weight": scores["weight"]}
+    assert torch.equal(alone["weight"], filter_relevance(within, model)["0.weight"])
 
 
 @pytest.mark.parametrize("start", ["target", "softmax-gradient"])

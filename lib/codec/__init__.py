@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..files import write_bytes
-from ..inputs import copied, unwrapped
+from ..inputs import copied, tensors_of, unwrapped
 from ..quantize import Codes
 from . import container
 from .container import CompressedFileError, Constant, Entry, shape_of
@@ -48,7 +48,7 @@ class Compressed(Mapping[str, Entry]):
         for name, entry in entries.items():
             if not isinstance(entry, Codes | Tensor | Constant):
                 raise ValueError(f"{name}: cannot store a {type(entry).__name__}")
-            owner = first.setdefault(_identity(entry), name)
+            owner = first.setdefault(identity(entry), name)
             if owner != name:
                 self._aliases[name], entry = owner, self._entries[owner]
             elif isinstance(entry, Tensor):
@@ -140,8 +140,7 @@ class Compressed(Mapping[str, Entry]):
             For a model with other names or shapes; the message gives the first.
         """
         model = unwrapped(model)
-        own = model.state_dict()
-        expected = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        expected = tensors_of(model)
         for name, tensor in expected.items():
             if name not in self:
                 raise CompressedFileError(f"another architecture: the file has no {name!r}")
@@ -153,6 +152,7 @@ class Compressed(Mapping[str, Entry]):
         if surplus := [name for name in self if name not in expected]:
             raise CompressedFileError(f"another architecture: the model has no {surplus[0]!r}")
         model = copied(model)
+        own = model.state_dict()
         own.update(self.state_dict())  # which keeps its metadata, and extra state that is no tensor
         model.load_state_dict(own)
         return model
@@ -183,7 +183,7 @@ def _kept(entry: Entry) -> int:
     return int((entry.symbols if isinstance(entry, Codes) else entry).count_nonzero())
 
 
-def _identity(entry: Entry) -> object:
+def identity(entry: Entry) -> object:
     """Equal for entries that need storing once only."""
     if not isinstance(entry, Tensor) or not entry.numel():
         return id(entry)

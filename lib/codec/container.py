@@ -88,11 +88,9 @@ def payload(entry: Entry) -> bytes:
 
 
 def assemble(
-    entries: Mapping[str, Entry],
-    aliases: Mapping[str, str],
-    payloads: Mapping[str, bytes],
+    entries: Mapping[str, Entry], aliases: Mapping[str, str], payloads: Mapping[str, bytes],
     meta: Mapping[str, str],
-) -> bytes:
+) -> bytes:  # fmt: skip
     """The whole file; ValueError for more entries or elements than a file may hold.
 
     `aliases` maps the name of a repeated entry to the earlier one under which it is stored;

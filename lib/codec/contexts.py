@@ -50,11 +50,10 @@ def biclusters(
     blocks = (rows * MAX_CLASSES)[:, None] + columns
     shape = MAX_CLASSES, MAX_CLASSES, k
     joint = np.bincount((blocks * k + matrix).ravel(), minlength=np.prod(shape)).reshape(shape)
-    options = [(i, j) for i in range(4) for j in range(4)]
-    cost, i, j = min(
+    _, i, j = min(
         (_bits(_merged(joint, i, j)) + _side_bits(rows >> i) + _side_bits(columns >> j), i, j)
-        for i, j in options
-    )
+        for i in range(4) for j in range(4)
+    )  # fmt: skip
     return rows >> i, columns >> j
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -60,9 +63,13 @@ class Grid:
         self.symbols = cheapest(weight / self.step, self.damage, bits, self.zero) * self.kept
 
 
+def _put(places: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        places[name].copy_(value)
+
+
 def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Mean patch [groups, d] that each layer with known inputs reads, by weight name."""
-    network = copy.deepcopy(network).eval()
+    """Mean patch [groups, d] that each layer of a network in evaluation mode reads, by weight."""
     sums: dict[str, Tensor] = {}
 
     def add(path: str, layer: moments.Layer, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -74,7 +81,7 @@ def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class InTraining(Quantizer):
+class InTraining(Quantizer, ABC):
     """What quantizers that train have in common; a subclass says how weights are assigned.
 
     Attributes
@@ -95,11 +102,11 @@ class InTraining(Quantizer):
         check(self.steps > 0, f"steps must be positive, not {self.steps}")
         check(0 < self.rate < 1, f"rate must lie in (0, 1), not {self.rate}")
 
+    @abstractmethod
     def start(
         self, removed: Removed, prepared: Any, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
         """A copy of the network, codes of weights that stay as they are, grids of all others."""
-        raise NotImplementedError
 
     def refresh(self, network: nn.Module, grids: dict[str, Grid], prepared: Any) -> None:
         """Look at the network as coded, every tenth of the steps; by default nothing changes."""
@@ -114,33 +121,43 @@ class InTraining(Quantizer):
         """
         assert removed.train is not None
         network, codes, grids = self.start(removed, prepared, images)
-        fixed = {n: c.decode().to(network.get_parameter(n)) for n, c in codes.items()}
+        values = {name: p.detach() for name, p in network.named_parameters()}  # as they change
+        fixed = {name: code.decode().to(values[name]) for name, code in codes.items()}
         for name, grid in grids.items():
-            grid.start(network.get_parameter(name).detach())
-
+            grid.start(values[name])
         means = input_means(removed.network, images)
-        biases = {name: f"{name.removesuffix('weight')}bias" for name in grids}
 
-        def coded(step: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        def coded(step: int) -> dict[str, Tensor]:
             new = dict(fixed)
             for name, grid in grids.items():
                 if step % EVERY == 0 or step == self.steps:
                     grid.assign(values[name], min(1.0, 2 * step / self.steps))
                 new[name] = grid.symbols * grid.step
-                if name in means and (bias := values.get(biases[name])) is not None:
+                bias = name.removesuffix("weight") + "bias"
+                if name in means and bias in values:
                     mean = means[name][..., None]  # [groups, d, 1]
                     rows = (values[name] - new[name]).reshape(len(mean), -1, mean.shape[1])
-                    new[biases[name]] = bias + (rows @ mean).flatten()
+                    new[bias] = values[bias] + (rows @ mean).flatten()
             return new
+
+        @contextmanager
+        def holding_codes(step: int) -> Iterator[None]:
+            new = coded(step)
+            behind = {name: values[name].clone() for name in new}
+            _put(values, new)
+            if step % max(1, self.steps // 10) == 0:
+                self.refresh(network, grids, prepared)
+            yield
+            _put(values, behind)
 
         # gradients need no more than the ten bits of TF32, where there is such a thing
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             finetune(
                 network, removed.masks, removed.train, steps=self.steps, lr=self.rate,
-                seed=removed.seed, coded=coded,
-                refresh=lambda: self.refresh(network, grids, prepared),
+                seed=removed.seed, within=holding_codes,
                 scales={name.removesuffix("weight"): grid.step for name, grid in grids.items()},
             )  # fmt: skip
+        _put(values, coded(self.steps))
         for name, grid in grids.items():
             step = torch.tensor([grid.step], dtype=torch.float32)
             codes[name] = Codes(grid.symbols.int(), step, "uniform")

@@ -34,16 +34,10 @@ __all__ = [
 @torch.inference_mode(False)
 @torch.enable_grad()
 def weight_relevance(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    rule: RuleLike = "epsilon",
-    start: str = "target",
-    aggregate: str = "sum",
-    batch_size: int = 32,
+    model: nn.Module, images: Tensor, labels: Tensor, *, rule: RuleLike = "epsilon",
+    start: str = "target", aggregate: str = "sum", batch_size: int = 32,
     output: Output | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Relevance of every weight, aggregated over reference samples.
 
     Parameters
@@ -114,15 +108,9 @@ def weight_relevance(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def input_relevance(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    rule: RuleLike = "epsilon",
-    start: str = "target",
-    batch_size: int = 32,
-    output: Output | None = None,
-) -> Tensor:
+    model: nn.Module, images: Tensor, labels: Tensor, *, rule: RuleLike = "epsilon",
+    start: str = "target", batch_size: int = 32, output: Output | None = None,
+) -> Tensor:  # fmt: skip
     """Relevance of every input value, one heatmap per image.
 
     Parameters
@@ -143,22 +131,16 @@ def input_relevance(
     check_samples(images, labels)
     if not images.is_floating_point():
         raise ValueError("integer inputs have no relevance; score the embedding's weight")
-    run = Run(Inputs, model, images, labels, rule, start, batch_size, output=output)
+    run = Run(Inputs, model, images, labels, rule, start, batch_size, output)
     return torch.cat(run.collect().maps).to(images.device, images.dtype)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def unit_sensitivity(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    rule: RuleLike = "epsilon",
-    start: str = "target",
-    batch_size: int = 32,
-    output: Output | None = None,
-) -> dict[str, Tensor]:
+    model: nn.Module, images: Tensor, labels: Tensor, *, rule: RuleLike = "epsilon",
+    start: str = "target", batch_size: int = 32, output: Output | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Mean squared relevance per activation of each output unit.
 
     Parameters
@@ -186,7 +168,7 @@ def unit_sensitivity(
     the unit, so nothing is divided; to first order an error δ of the unit moves the started
     output by ``δ R_k / z_k``.
     """
-    run = Run(Units, model, images, labels, rule, start, batch_size, output=output)
+    run = Run(Units, model, images, labels, rule, start, batch_size, output)
     return run.collect().means()
 
 
@@ -208,15 +190,12 @@ def filter_relevance(
     dict of str to Tensor [outputs]
         Weight name -> sum over everything but the output channel.
     """
-    groups = (
-        {}
-        if model is None
-        else {
-            f"{path}.weight": layer.groups
-            for path, layer in unwrapped(model).named_modules()
-            if isinstance(layer, TRANSPOSED)
-        }
-    )
+    layers = () if model is None else unwrapped(model).named_modules()
+    groups = {
+        f"{path}.weight".removeprefix("."): layer.groups
+        for path, layer in layers
+        if isinstance(layer, TRANSPOSED)
+    }
     sums = {}
     for name, score in scores.items():
         if name in groups:

@@ -110,8 +110,6 @@ def out_of_place(
     """The variant of a function that leaves its arguments as they are; what it would change."""
     spelt, target = getattr(func, "__name__", ""), None
     kwargs = dict(kwargs)
-    if spelt == "__setitem__":
-        return _set, args, kwargs, args[0]
     if spelt in FRESH:
         return FRESH[spelt], args, kwargs, args[0]
     if spelt.endswith("_") and not spelt.startswith("__"):
@@ -132,10 +130,6 @@ def _inplace(func: Callable) -> int:
         return 1 << 30
 
 
-def _zeros(target: Tensor) -> Tensor:
-    return torch.zeros_like(target)
-
-
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand_as(target).clone()
 
@@ -146,4 +140,4 @@ def _set(target: Tensor, index: Any, value: Any) -> Tensor:
     return held
 
 
-FRESH: dict[str, Callable] = {"zero_": _zeros, "copy_": _copy}
+FRESH: dict[str, Callable] = {"__setitem__": _set, "copy_": _copy, "zero_": torch.zeros_like}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Run(Generic[C]):
     ----------
     collector : callable
         Makes the collector from the scored weights: a subclass of ``Collected``.
-    model, images, labels, rule, start, batch_size
+    model, images, labels, rule, start, batch_size, output
         As for ``lib.relevance.weight_relevance``.
     ordinary : bool
         Carry ordinary gradients instead of relevance; then ``start`` may also be ``loss``, the
@@ -53,8 +53,8 @@ class Run(Generic[C]):
 
     def __init__(
         self, collector: Callable[[dict[str, Tensor]], C], model: nn.Module, images: Tensor,
-        labels: Tensor, rule: RuleLike, start: str, batch_size: int = 32, ordinary: bool = False,
-        output: Output | None = None,
+        labels: Tensor, rule: RuleLike = "epsilon", start: str = "target", batch_size: int = 32,
+        output: Output | None = None, *, ordinary: bool = False,
     ):  # fmt: skip
         check_model(model)
         model = unwrapped(model)
@@ -109,11 +109,9 @@ class Run(Generic[C]):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [batch, ...] and labels [batch], on the model's device."""
+        network = self.propagate.model
         for part in batched(len(self.images), self.batch_size):
-            yield (
-                own(self.images[part], self.propagate.model),
-                own(self.labels[part], self.propagate.model),
-            )
+            yield own(self.images[part], network), own(self.labels[part], network)
 
     def collect(self) -> C:
         """Propagate everything; gives the collector."""
@@ -129,29 +127,17 @@ class Run(Generic[C]):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def totals(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    rule: RuleLike = "epsilon",
-    start: str = "target",
-    wanted: str = "sum",
-    batch_size: int = 32,
-    ordinary: bool = False,
-    output: Output | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, *, wanted: str = "sum", **how: Any
 ) -> dict[str, Tensor]:
     """What reference samples bring to every weight, added up over them.
 
     Parameters
     ----------
-    model, images, labels, rule, start, batch_size, output
-        As for ``lib.relevance.weight_relevance``.
+    model, images, labels, how
+        As for ``Run``.
     wanted : {"sum", "abs", "rms", "moments"}
         Relevance summed; its absolute values or its squares in each sample summed; or, without
         any relevance, the squared input of each connection summed over samples and positions.
-    ordinary : bool
-        Carry ordinary gradients instead of relevance; then ``start`` may also be ``loss``, the
-        cross-entropy.
 
     Returns
     -------
@@ -165,7 +151,7 @@ def totals(
     """
     if wanted not in WANTED:
         raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
-    run = Run(WANTED[wanted], model, images, labels, rule, start, batch_size, ordinary, output)
+    found = Run(WANTED[wanted], model, images, labels, **how).collect().totals
     weights = dict(unwrapped(model).named_parameters())
     # In half precision everything is computed in float32.
-    return {n: total.to(weights[n].dtype) for n, total in run.collect().totals.items()}
+    return {name: total.to(weights[name].dtype) for name, total in found.items()}

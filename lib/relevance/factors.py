@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,6 @@ RESTING: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "tanh": (0.0, torch.tanh),
     "erf": (0.0, torch.erf),
 }
-
-
-class Factor(Protocol):
-    """One of two activations that are multiplied."""
-
-    @property
-    def value(self) -> Tensor:
-        """As propagated."""
-        ...
-
-    def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Factor":
-        """What an affine function, whose result is ``value``, makes of it."""
-        ...
-
-    def times(self, signal: Tensor, how: str) -> Tensor | None:
-        """The product with a signal, shared as ``Rule.gate`` says; None: like any other."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ class Gate:
         return cls(value, Activate.apply(x, moved) + rest, rest)
 
     def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Gate":
-        """What an affine function makes of it."""
+        """What an affine function, whose result is ``value``, makes of it."""
         moved, rest = (
             func(*(new if a is self.value else a for a in args), **kwargs)
             for new in (self.moved, self.rest)
@@ -75,7 +58,7 @@ class Gate:
         return Gate(value, moved, rest)
 
     def times(self, signal: Tensor, how: str) -> Tensor | None:
-        """The product with a signal; by default each of the two gets its Shapley value."""
+        """The product with a signal, shared as ``Rule.gate`` says; None: like any other."""
         if how == "half":
             return None
         if how == "signal":
@@ -91,12 +74,16 @@ class Normaliser:
     value: Tensor
 
     def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Normaliser":
-        """What an affine function makes of it."""
+        """See ``Gate.after``."""
         return Normaliser(value)
 
     def times(self, signal: Tensor, how: str) -> Tensor:
         """All relevance goes to the signal."""
         return signal * self.value.detach()
+
+
+Factor = Gate | Normaliser
+"""One of two activations that are multiplied."""
 
 
 class Held(torch.autograd.Function):

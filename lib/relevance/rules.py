@@ -70,7 +70,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
-            raise ValueError(f"unknown rule {self.name!r}; known: {', '.join(known())}")
+            known = ", ".join((*RULES, *COMPOSITES))
+            raise ValueError(f"unknown rule {self.name!r}; known: {known}")
         if self.epsilon < 0 or self.gamma < 0:
             raise ValueError("epsilon and gamma must not be negative")
         if self.gate not in GATES:
@@ -97,11 +98,6 @@ RuleLike = str | Rule | Mapping[str, str | Rule]
 Chooser = Callable[[str, bool, bool], Rule]
 Part = tuple[Tensor, Tensor]  # modified input and modified weight
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (input, weight, bias) -> output
-
-
-def known() -> tuple[str, ...]:
-    """Names that ``rule`` may have."""
-    return (*RULES, *COMPOSITES)
 
 
 def chooser(rule: RuleLike) -> Chooser:
@@ -206,7 +202,8 @@ def terms(
     elif rule.name == "gamma":
         yield from _gamma(rule, operation, g, a, w, b, z)
     else:
-        parts = _flat(a, w) if rule.name == "flat" else _box(rule, a, w)
+        flat = rule.name == "flat"
+        parts = [(torch.ones_like(a), torch.ones_like(w))] if flat else _box(rule, a, w)
         yield share(g, z, _output(operation, parts, None), rule.epsilon), parts
 
 
@@ -255,10 +252,6 @@ def _gamma(
         if chosen.any():
             parts, bias = _signed(a, same, opposite), None if b is None else favour(b, **side)
             yield share(chosen, z, _output(operation, parts, bias), rule.epsilon), parts
-
-
-def _flat(a: Tensor, w: Tensor) -> list[Part]:
-    return [(torch.ones_like(a), torch.ones_like(w))]
 
 
 def _box(rule: Rule, a: Tensor, w: Tensor) -> list[Part]:

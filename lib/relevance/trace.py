@@ -9,23 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import UnsupportedLayerError, full_precision, tensors
+from . import kinds
 from .changes import Changes, out_of_place
 from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of
 from .functions import LAYERS, NORMALISATIONS, spread
-from .kinds import (
-    ADVICE,
-    CONSTANTS,
-    ELEMENTWISE,
-    ELEMENTWISE_PRODUCTS,
-    FUSED,
-    GRADIENT,
-    KEPT,
-    LIKE,
-    PRODUCTS,
-    QUOTIENTS,
-    RECIPROCALS,
-    UNSEEN,
-)
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
@@ -63,14 +50,10 @@ class Propagation(TorchFunctionMode):
         self.names, self.ordinary = names, ordinary
         own = {id(p) for p in model.parameters()} - names.keys()
         self.fixed = {id(b) for b in model.buffers()} | own
-        self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
-        self.leaves: dict[Key, Tensor] = {}
-        self.changes, self.running = Changes(self.vouch), False
-        self.path: list[str] = []
-        self.visited: dict[str, Rule] = {}
-        self.vouched: set[Any] = set()
+        self.running = False
+        self._forget()
         for path, module in model.named_modules():
-            self.path = [path]
+            self.path.append(path)
             if isinstance(module, torch.jit.ScriptModule):
                 raise self.refuse("compiled code", "score the model before compiling it")
             module.register_forward_pre_hook(lambda *_, path=path: self.path.append(path))
@@ -79,14 +62,18 @@ class Propagation(TorchFunctionMode):
         device = next(model.parameters()).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
+    def _forget(self) -> None:
+        """Forget the forward pass before."""
+        self.path: list[str] = []
+        self.visited: dict[str, Rule] = {}
+        self.vouched: set[Any] = set()
+        self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
+        self.leaves: dict[Key, Tensor] = {}
+        self.changes = Changes(self.vouch)
+
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, connected to the images and to the collector."""
-        self.path.clear()
-        self.visited.clear()
-        self.vouched.clear()
-        self.aliases.clear()
-        self.leaves.clear()
-        self.changes = Changes(self.vouch)
+        self._forget()
         self.recording = torch.is_grad_enabled()
         self.running = True
         try:
@@ -137,7 +124,7 @@ class Propagation(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
         name = (func.__self__.__name__ if name == "__get__" else name).strip("_")
-        if name in UNSEEN or not any(True for _ in tensors((args, kwargs))):
+        if name in kinds.UNSEEN or not any(True for _ in tensors((args, kwargs))):
             return func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
         with ExitStack() as stack:
             stack.enter_context(full_precision())
@@ -150,7 +137,7 @@ class Propagation(TorchFunctionMode):
             if name in LAYERS or (name in NORMALISATIONS and not self.ordinary and not scored):
                 self._audit((args, kwargs))
                 result = {**LAYERS, **NORMALISATIONS}[name](self, *args, **kwargs)
-            elif scored and name not in CONSTANTS:
+            elif scored and name not in kinds.CONSTANTS:
                 result = used(self, func, name, args, kwargs)
             else:
                 result = self.applied(func, name, args, kwargs)
@@ -169,16 +156,16 @@ class Propagation(TorchFunctionMode):
         """The result of a function that is no layer."""
         for operand in ("other", "exponent"):
             args = (*args, kwargs.pop(operand)) if operand in kwargs else args
-        if name in LIKE:
+        if name in kinds.LIKE:
             args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
-        if self.ordinary or not tracked or name in CONSTANTS:
+        if self.ordinary or not tracked or name in kinds.CONSTANTS:
             return func(*args, **kwargs)
         func, args, kwargs, target = out_of_place(func, name, args, kwargs)
         result = self._propagate(func, name, len(tracked), args, kwargs)
         if target is not None:
             self.changes.note(target, result)
-        if name in KEPT and len(tracked) == 1 and isinstance(result, Tensor):
+        if name in kinds.KEPT and len(tracked) == 1 and isinstance(result, Tensor):
             for factor in (t.factor for t in tracked if hasattr(t, "factor")):
                 new = factor.after(func, args, kwargs, result)
                 result.factor = new  # type: ignore[attr-defined]
@@ -186,24 +173,24 @@ class Propagation(TorchFunctionMode):
 
     def carries(self, name: str) -> bool:
         """Whether relevance passes a function to each of its arguments alike."""
-        return name in GRADIENT or name in ELEMENTWISE
+        return name in kinds.GRADIENT or name in kinds.ELEMENTWISE
 
     def _propagate(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Any:
-        if name in FUSED:
-            product, scale = FUSED[name]
+        if name in kinds.FUSED:
+            product, scale = kinds.FUSED[name]
             count = _tracked(args[1:])
             term = (
                 self._propagate(product, product.__name__, count, args[1:], {})
                 if count else product(*args[1:])
             )  # fmt: skip
             return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
-        constant = name in QUOTIENTS and not _tracked(args[:1])
+        constant = name in kinds.QUOTIENTS and not _tracked(args[:1])
         power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
         if power and not bool((torch.as_tensor(args[1]) > 0).all()):
             constant = True
-        if constant or name in RECIPROCALS:
+        if constant or name in kinds.RECIPROCALS:
             return self._reciprocal(func, name, args, kwargs)
-        if name in ELEMENTWISE or power:
+        if name in kinds.ELEMENTWISE or power:
             with torch.no_grad():
                 out = func(*args, **kwargs)
             x = args[0] if args else kwargs["input"]
@@ -213,18 +200,18 @@ class Propagation(TorchFunctionMode):
             return result
         if name in ("add", "radd"):
             args = spread(self, args)
-        if name in GRADIENT:
+        if name in kinds.GRADIENT:
             return func(*args, **kwargs)
         if name == "var":  # of degree two: its gradient would bring twice its relevance
             return self.half(func(*args, **kwargs))
-        if name in QUOTIENTS and kwargs.get("rounding_mode") is None:
+        if name in kinds.QUOTIENTS and kwargs.get("rounding_mode") is None:
             divisor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
             return func(args[0], divisor, *args[2:], **kwargs)
-        if name in PRODUCTS:
+        if name in kinds.PRODUCTS:
             return self._product(func, name, tracked, args, kwargs)
         result = None if name in ("item", "tolist", "numpy") else func(*args, **kwargs)
         if result is None or any(t.is_floating_point() for t in tensors(result)):
-            raise self.refuse(f"{name!r}", ADVICE.get(name, ""))
+            raise self.refuse(f"{name!r}", kinds.ADVICE.get(name, ""))
         return result
 
     def _product(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Tensor:
@@ -232,7 +219,7 @@ class Propagation(TorchFunctionMode):
             raise self.refuse(f"a product of {tracked} activations")
         if tracked < 2:
             return func(*args, **kwargs)
-        if name in ELEMENTWISE_PRODUCTS:
+        if name in kinds.ELEMENTWISE_PRODUCTS:
             for kind in (Normaliser, Gate):
                 first, second = (factor_of(t, kind) for t in args[:2])
                 if first is None and second is not None:
