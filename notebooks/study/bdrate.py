@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .tables import NETWORK, text
+from .tables import NETWORK, points_lost, text
 from .verdicts import FAILS, HOLDS, OPEN, judge
 
 LOST = (0.2, 2.0)
@@ -20,12 +20,8 @@ SHARE = 0.5
 class Difference:
     """How much larger the files of one curve are than those of another.
 
-    Attributes
-    ----------
-    percent : float
-        BD-rate: negative where the first curve's files are smaller; NaN where ``why`` says why.
-    why : str
-        ``NEVER_OURS``, ``NEVER_THEIRS`` or ``APART``; empty where there is a number.
+    ``percent`` is the BD-rate: negative where the first curve's files are smaller; NaN where
+    ``why`` says why (``NEVER_OURS``, ``NEVER_THEIRS`` or ``APART``; else empty).
     """
 
     percent: float
@@ -36,28 +32,22 @@ NEVER_OURS, NEVER_THEIRS = "never within 2 points", "the other never within 2 po
 APART = "too few losses in common"
 
 
-def bd_rate(
-    ours: pd.DataFrame,
-    theirs: pd.DataFrame,
-    lost: tuple[float, float] = LOST,
-) -> Difference:
+def bd_rate(ours: pd.DataFrame, theirs: pd.DataFrame) -> Difference:
     """Mean difference of log bytes between two curves at equal points of test accuracy lost.
 
     Parameters
     ----------
     ours, theirs : DataFrame
-        A row for each file of one network: file_bytes, test_accuracy, base_test_accuracy
-        (percent). In any order.
-    lost : tuple of float
-        Range of points lost, ascending.
+        A row for each file of one network, in any order: file_bytes, test_accuracy and
+        base_test_accuracy (percent).
 
     Returns
     -------
     Difference
-        100 (exp(d) - 1), where d is the mean of log(bytes of ours) - log(bytes of theirs) over
-        the part of the range that both curves cover. NaN where a curve has no file that loses as
-        little as the range's upper end, or where this part is shorter than half of the range: a
-        curve is not continued beyond its ends.
+        100 (exp(d) - 1), where d is the mean of log(bytes of ours) - log(bytes of theirs) over the
+        part of ``LOST`` that both curves cover. NaN where a curve has no file that loses as little
+        as the range's upper end, or where this part is shorter than ``SHARE`` of the range: a curve
+        is not continued beyond its ends.
 
     Notes
     -----
@@ -74,7 +64,7 @@ def bd_rate(
     document VCEG-M33, 2001.
     """
     (losses, sizes), (their_losses, their_sizes) = _envelope(ours), _envelope(theirs)
-    low, high = lost
+    low, high = LOST
     for lowest, why in ((losses[0], NEVER_OURS), (their_losses[0], NEVER_THEIRS)):
         if lowest > high:
             return Difference(float("nan"), why)
@@ -90,29 +80,18 @@ def bd_rate(
 
 def _envelope(files: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Points lost, ascending, and log bytes, descending, of the files that no other one beats."""
-    lost = files["base_test_accuracy"] - files["test_accuracy"]
-    ordered = files.assign(lost=lost).sort_values(["file_bytes", "lost"])
+    ordered = files.assign(lost=points_lost(files)).sort_values(["file_bytes", "lost"])
     best_before = ordered["lost"].cummin().shift(fill_value=np.inf)
     kept = ordered[ordered["lost"] < best_before].iloc[::-1]
     return kept["lost"].to_numpy(float), np.log(kept["file_bytes"].to_numpy(float))
 
 
 def bd_rates(table: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """BD-rate of pairs of recipes, seed by seed.
+    """BD-rate of pairs of recipes, the first compared with the second, seed by seed.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``; files of several knobs make a recipe's curve.
-    pairs : iterable of tuple of str
-        Recipe, and the one that it is compared with.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed, recipe, against, bd_rate (percent, negative where the recipe's files
-        are smaller) and why (of what is not a number). Networks without one of the two recipes
-        are left out.
+    ``table`` is of ``Study.sweep``; files of several knobs make a recipe's curve. Columns: dataset,
+    model, seed, recipe, against, bd_rate (percent, negative where the recipe's files are smaller)
+    and why (of what is not a number). Networks without one of the two recipes are left out.
     """
     pairs, rows = list(pairs), []
     for (dataset, model, seed), part in table.groupby([*NETWORK, "seed"], sort=False):
@@ -130,19 +109,10 @@ def bd_verdict(
 ) -> str:
     """Decide whether files are smaller than others, from their differences over seeds.
 
-    Parameters
-    ----------
-    found : sequence of Difference
-        One for each seed.
-    wanted : callable
-        ``operator.lt``, or ``operator.le`` where equal files are good enough.
-
-    Returns
-    -------
-    str
-        By the 95 % interval of the BD-rate, or a single seed's value (``judge``). It fails where
-        ours never come within the range; where the others never do, that seed is won and has no
-        part in the mean. It is open where seeds disagree in this, or have too little in common.
+    By the 95 % interval of the BD-rate, or a single seed's value (``judge``); ``wanted`` is
+    ``operator.le`` where equal files are good enough. It fails where ours never come within the
+    range; where the others never do, that seed is won and has no part in the mean. It is open where
+    seeds disagree in this, or have too little in common.
     """
     reasons = {each.why for each in found}
     numbers = [each.percent for each in found if not each.why]
@@ -175,12 +145,8 @@ def differences(rates: pd.DataFrame) -> list[Difference]:
 
 def bd_table(rates: pd.DataFrame) -> pd.DataFrame:
     """``bd_rates`` averaged over seeds, as texts with intervals; a column for each network."""
-    found = rates.assign(network=rates["dataset"] + "-" + rates["model"])
-    cells = {
-        (key[:2], key[2]): bd_text(differences(part))
-        for key, part in found.groupby(["recipe", "against", "network"], sort=False)
-    }
-    networks = list(found["network"].unique())
-    pairs = list(dict.fromkeys(pair for pair, _ in cells))
-    rows = [[*pair, *(cells.get((pair, network), "") for network in networks)] for pair in pairs]
-    return pd.DataFrame(rows, columns=["recipe", "against", *networks])
+    rates = rates.assign(network=rates["dataset"] + "-" + rates["model"])
+    keys = ["recipe", "against", "network"]
+    said = {key: bd_text(differences(part)) for key, part in rates.groupby(keys, sort=False)}
+    table = pd.Series(said, dtype=object).rename_axis(keys).unstack(fill_value="", sort=False)
+    return table.rename_axis(columns=None).reset_index()

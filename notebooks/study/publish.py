@@ -13,7 +13,7 @@ from .paths import ROOT
 from .profiles import PROFILES
 from .records import cost, read_claims, write
 from .tables import NETWORK, text
-from .verdicts import FAILS, HOLDS, OPEN, TITLES, overview
+from .verdicts import FAILS, HOLDS, OPEN, TITLES, held, key, overview
 
 README, ARTIFACT = ROOT / "README.md", ROOT / "ARTIFACT.md"
 
@@ -28,10 +28,10 @@ def markdown(table: pd.DataFrame) -> str:
 def claims_text(results: Path) -> str:
     """All claims of a profile, reading by reading: the content of its ``CLAIMS.md``."""
     claims = read_claims(results)
-    counts = {v: sum(c["verdict"] == v for c in claims) for v in (HOLDS, OPEN, FAILS)}
+    counts = Counter(claim["verdict"] for claim in claims)
     return (
         f"# Claims, reading by reading: profile {results.name}\n\n"
-        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts['fails']} "
+        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts[FAILS]} "
         "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
         "over seeds contains the threshold, and more seeds could decide either way, or curves have "
         "too few losses in common. A claim of one seed is decided by its value. Written from "
@@ -79,33 +79,23 @@ def write_claims(results: Path) -> None:
 
 
 def closing(study, claims: list[dict], committed: list[dict]) -> str:
-    """What a reviewer asks when all has run, in at most twelve lines.
+    """What a reviewer asks when a study has run, in at most twelve lines.
 
-    Parameters
-    ----------
-    study : Study
-        That has run.
-    claims, committed : list of dict
-        Its claims, and those of the last commit.
-
-    Returns
-    -------
-    str
-        Which claims hold, are open and fail; which differ from the committed ones; where figures,
-        tables and executed notebooks are; what was not run.
+    Which of its claims hold, are open and fail; which differ from the ``committed`` ones; where
+    figures, tables and executed notebooks are; what was not run.
     """
     asked = Counter(claim["id"] for claim in claims)
-    held = sum(claim["verdict"] == HOLDS for claim in claims)
-    lines = [f"profile {study.name!r}: {held} of {len(claims)} claims hold"]
+    verdicts = pd.Series([claim["verdict"] for claim in claims], dtype=object)
+    lines = [f"profile {study.name!r}: {held(verdicts)} claims hold"]
     for verdict in (HOLDS, OPEN, FAILS):
         found = Counter(claim["id"] for claim in claims if claim["verdict"] == verdict)
         counts = (f"{i} {found[i]} of {asked[i]}" for i in asked if found[i])
         lines.append(f"  {verdict}: {', '.join(counts) or 'none'}")
-    before = {_key(claim): claim["verdict"] for claim in committed}
+    before = {key(claim): claim["verdict"] for claim in committed}
     changed = [
         f"{c['id']} {c['where']} {then} -> {c['verdict']}"
         for c in claims
-        if (then := before.get(_key(c), c["verdict"])) != c["verdict"]
+        if (then := before.get(key(c), c["verdict"])) != c["verdict"]
     ]
     if committed:
         said = f": {'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}" if changed else ""
@@ -135,10 +125,6 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
         left.append(f"{', '.join(names)} in training (hours without a GPU)")
     left += [f"{i}: {TITLES[i]}" for i in TITLES if i not in asked]
     return left or ["nothing"]
-
-
-def _key(claim: dict) -> tuple[str, ...]:
-    return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
 
 
 def verdicts_table(results: Path) -> str:
@@ -179,9 +165,8 @@ def files_table(results: Path) -> str:
 def _stored(results: Path, dataset: str, model: str) -> str:
     """That a base network is itself kept in few bits, and its size, from ``bases.csv``."""
     path = results / "bases.csv"
-    bases = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["stored bits"])
-    for row in bases[bases.get("stored bits", pd.Series(dtype=int)) < 32].to_dict("records"):
-        if (row["dataset"], row["model"]) == (dataset, model):
+    for row in pd.read_csv(path).to_dict("records") if path.exists() else []:
+        if (row["dataset"], row["model"]) == (dataset, model) and row.get("stored bits", 32) < 32:
             return f" (kept in {row['stored bits']} bits: {row['stored bytes'] / 1000:,.0f} kB)"
     return ""
 
@@ -189,32 +174,27 @@ def _stored(results: Path, dataset: str, model: str) -> str:
 def cost_table(results: Path) -> str:
     """What the runs took, from their records."""
     table = cost(results / "runs")
-    columns = {
-        "network": table["dataset"] + "-" + table["model"],
-        **table[["seeds", "runs"]],
-        "core hours": table["core hours"].map("{:.1f}".format),
-        "processor": table["processor"],
-    }
-    return markdown(pd.DataFrame(columns))
+    table.insert(0, "network", table["dataset"] + "-" + table["model"])
+    table["core hours"] = table["core hours"].map("{:.1f}".format)
+    return markdown(table[["network", "seeds", "runs", "core hours", "processor"]])
 
 
 def expected_table(results: Path) -> str:
     """By claim the notebook that tests it, and its verdicts in the quick profile and in this."""
-    counts: dict[tuple[str, str], dict[str, Counter]] = {}
     profiles = list(dict.fromkeys(["quick", results.name]))
-    for profile in profiles:
-        for claim in read_claims(results.parent / profile):
-            if claim["id"] in TITLES:
-                row = counts.setdefault((claim["id"], claim["notebook"]), {})
-                row.setdefault(profile, Counter())[claim["verdict"]] += 1
-    lines = []
-    for (identifier, notebook), found in counts.items():
-        said = [
-            ", ".join(f"{n[v]} {v.removesuffix('s')}" for v in (HOLDS, OPEN, FAILS) if n[v])
-            for n in (found.get(profile, Counter()) for profile in profiles)
-        ]
-        lines.append([f"{identifier}: {TITLES[identifier]}", f"`{notebook}`", *said])
-    return markdown(pd.DataFrame(lines, columns=["claim", "notebook", *profiles]))
+    rows = [c | {"profile": p} for p in profiles for c in read_claims(results.parent / p)]
+    claims = pd.DataFrame([row for row in rows if row["id"] in TITLES])
+    groups = claims.groupby(["id", "notebook", "profile"], sort=False)["verdict"]
+    said = groups.agg(
+        lambda found: ", ".join(
+            f"{count} {verdict.removesuffix('s')}"
+            for verdict in (HOLDS, OPEN, FAILS)
+            if (count := (found == verdict).sum())
+        )
+    )
+    table = said.unstack(fill_value="", sort=False)[profiles].reset_index()
+    table.insert(0, "claim", table["id"] + ": " + table.pop("id").map(TITLES))
+    return markdown(table.assign(notebook="`" + table["notebook"] + "`"))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -227,19 +207,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def filled(text: str, root: Path = ROOT) -> str:
-    """The README's text with every block between markers written anew.
+    """A text with every block between ``<!-- KIND: FOLDER -->`` and ``<!-- end -->`` written anew.
 
-    Parameters
-    ----------
-    text : str
-        Holds ``<!-- KIND: FOLDER -->`` with a key of ``TABLES`` and a folder of ``results/``, then
-        ``<!-- end -->``.
-    root : Path
-        Folder of ``results/``.
-
-    Returns
-    -------
-    str
+    KIND is a key of ``TABLES``, FOLDER one of ``results/`` in ``root``.
     """
 
     def block(match: re.Match) -> str:

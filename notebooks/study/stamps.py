@@ -46,14 +46,8 @@ def _asked(folder: str, name: str, parameters: dict) -> str:
 def fresh(folder: str, name: str, parameters: dict) -> bool:
     """Whether a notebook ran on all that it would read now, and what it wrote is still there.
 
-    Parameters
-    ----------
-    folder : str
-        ``profiles.folder_name`` of the parameters.
-    name : str
-        The notebook's, without ``.ipynb``.
-    parameters : dict
-        Handed to the notebook.
+    The folder is ``profiles.folder_name`` of the parameters, which are handed to the notebook; its
+    name is without ``.ipynb``.
     """
     try:
         stamp = json.loads(_path(folder, name).read_text())
@@ -68,15 +62,7 @@ def fresh(folder: str, name: str, parameters: dict) -> bool:
 def execute(folder: str, name: str, parameters: dict) -> int:
     """Run a notebook into the folder of executed copies, quietly but for what went wrong in it.
 
-    Parameters
-    ----------
-    folder, name, parameters
-        As for ``fresh``.
-
-    Returns
-    -------
-    int
-        One where a cell failed; what it raised was printed.
+    Gives one where a cell failed; what it raised was printed.
     """
     from papermill import PapermillExecutionError, execute_notebook  # here: takes a second
 
@@ -102,10 +88,7 @@ def execute(folder: str, name: str, parameters: dict) -> int:
 def stamp(folder: str, name: str, parameters: dict) -> None:
     """Note that a notebook has just run, with the digest of each file that it wrote.
 
-    Parameters
-    ----------
-    folder, name, parameters
-        As for ``fresh``; the environment variable ``STUDY_LEDGER`` names the list of the files.
+    The environment variable ``STUDY_LEDGER`` names the list of these files.
     """
     ledger = Path(os.environ[LEDGER])
     files = sorted(set(ledger.read_text().splitlines())) if ledger.exists() else []
@@ -152,11 +135,6 @@ def alone(command: list[str]) -> None:
 
     The lock is the kernel's, held by the open file that the command inherits: it goes with the
     last process that has it, however that ends.
-
-    Parameters
-    ----------
-    command : list of str
-        Program and arguments.
     """
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     lock = os.open(paths.CACHE / "lock", os.O_RDWR | os.O_CREAT)
