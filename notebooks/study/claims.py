@@ -24,7 +24,7 @@ from .readings import (
     sign_claims,
     size_claims,
 )
-from .tables import NETWORK, by_network
+from .tables import NETWORK, each_network
 from .verdicts import Claim, judge, single
 
 LRP = "lrp-epsilon/contrastive"
@@ -114,7 +114,7 @@ def _equal(identifier: str, where: object, equal: bool, seed: int) -> Claim:
 def base_networks(bases: pd.DataFrame) -> list[Claim]:
     """B1, from the table ``bases``."""
     sentence, claims = "the base network is as accurate as it is known to be", []
-    for where, part in by_network(bases):
+    for where, part in each_network(bases):
         goal, reached = GOALS.get(tuple(part[NETWORK].iloc[0]), 96.0), part["test"]
         said, verdict = f"{reached.mean():.2f}", judge(reached, goal)
         claims.append(Claim("B1", sentence, where, f"{goal}", said, verdict, seeds_of(part)))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from .bdrate import bd_rates, bd_text, bd_verdict, differences
-from .tables import by_network, points_lost, smallest, smallest_files, text
+from .tables import each_network, points_lost, smallest, smallest_files, text
 from .verdicts import Claim, all_of, judge
 
 
@@ -27,7 +27,7 @@ def removal_claims(removal: pd.DataFrame, recipe: str, reading: str) -> list[Cla
     """
     sentence, goal = f"weights with score <= 0 can go ({reading})", "negligible loss (<= 1.0 point)"
     claims = []
-    for where, part in by_network(removal[removal["recipe"] == recipe]):
+    for where, part in each_network(removal[removal["recipe"] == recipe]):
         lost, share = points_lost(part), 100 * (1 - part["density"])
         said = f"{text(share, 0, ' % removed')}, {text(lost, 2, ' points lost')}"
         verdict = judge(lost, 1, operator.le)
@@ -59,7 +59,7 @@ def _point_worse(
     table: pd.DataFrame, ours: str, rivals: dict[str, str], identifier: str, expected: str
 ) -> list[Claim]:
     claims = []
-    for where, part in by_network(table):
+    for where, part in each_network(table):
         by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
         for sentence, rival in rivals.items():
             worse = by_seed[ours] - by_seed[rival]
@@ -78,7 +78,7 @@ def precision_claims(table: pd.DataFrame, ours: str, others: list[str], way: str
     """
     sentence = f"more bits for higher scores make the smallest file ({way})"
     claims = []
-    for where, part in by_network(table):
+    for where, part in each_network(table):
         sizes = _sizes(part)
         rivals = [name for name in others if name in sizes]
         if ours not in sizes or not rivals:
@@ -104,7 +104,7 @@ def size_claims(
     one are left out. ``wanted`` is ``operator.le`` for no larger, ``operator.lt`` for smaller.
     """
     claims, goal = [], f"BD-rate {'<' if wanted is operator.lt else '<='} 0 %"
-    for where, part in by_network(table):
+    for where, part in each_network(table):
         sizes = _sizes(part)
         for sentence, pair in pairs.items():
             if found := differences(bd_rates(part, [pair])):
@@ -145,7 +145,7 @@ def headline(
     """
     smaller = "file smaller than the XAI baseline's"
     claims = []
-    for where, network in by_network(table):
+    for where, network in each_network(table):
         parts = [part for _, part in network.groupby("seed")]
         found = pd.DataFrame([_compared(part, ours, theirs, max_drop) for part in parts])
         seeds, reached = seeds_of(network), found["reached"]

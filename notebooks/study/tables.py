@@ -26,7 +26,7 @@ def text(values: Iterable[float], digits: int = 1, unit: str = "") -> str:
     return f"{np.mean(values):.{digits}f}{spread}{unit}"
 
 
-def by_network(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def each_network(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The rows of each network, with its name such as ``mnist-lenet5``."""
     for (dataset, model), part in table.groupby(NETWORK, sort=False):
         yield f"{dataset}-{model}", part
