@@ -1,8 +1,8 @@
 """Curves of files against each other: BD-rate, how coders are compared, and what it decides."""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,16 +16,11 @@ SHARE = 0.5
 """Of this range both curves have to cover so much in common."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much larger the files of one curve are than those of another.
+class Difference(NamedTuple):
+    """How much larger the files of one curve are than those of another."""
 
-    ``percent`` is the BD-rate: negative where the first curve's files are smaller; NaN where
-    ``why`` says why (``NEVER_OURS``, ``NEVER_THEIRS`` or ``APART``; else empty).
-    """
-
-    percent: float
-    why: str = ""
+    percent: float  # the BD-rate: negative where the first curve's files are smaller
+    why: str = ""  # it is NaN: NEVER_OURS, NEVER_THEIRS or APART
 
 
 NEVER_OURS, NEVER_THEIRS = "never within 2 points", "the other never within 2 points"
@@ -99,54 +94,48 @@ def bd_rates(table: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFr
         for ours, theirs in pairs:
             if ours in curves and theirs in curves:
                 found = bd_rate(curves[ours], curves[theirs])
-                rows.append((dataset, model, seed, ours, theirs, found.percent, found.why))
+                rows.append((dataset, model, seed, ours, theirs, *found))
     columns = [*NETWORK, "seed", "recipe", "against", "bd_rate", "why"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def bd_verdict(
-    found: Sequence[Difference], wanted: Callable[[float, float], bool] = operator.lt
-) -> str:
-    """Decide whether files are smaller than others, from their differences over seeds.
+def bd_verdict(rates: pd.DataFrame, wanted: Callable[[float, float], bool] = operator.lt) -> str:
+    """Decide whether files are smaller than others, from ``bd_rates`` of one pair over seeds.
 
     By the 95 % interval of the BD-rate, or a single seed's value (``judge``); ``wanted`` is
     ``operator.le`` where equal files are good enough. It fails where ours never come within the
     range; where the others never do, that seed is won and has no part in the mean. It is open where
     seeds disagree in this, or have too little in common.
     """
-    reasons = {each.why for each in found}
-    numbers = [each.percent for each in found if not each.why]
+    reasons, numbers = set(rates["why"]), _numbers(rates)
     if NEVER_OURS in reasons:
         return FAILS
     if APART in reasons:
         return OPEN
-    verdict = judge(numbers, 0, wanted) if numbers else HOLDS
+    verdict = judge(numbers, 0, wanted) if len(numbers) else HOLDS
     return OPEN if verdict == FAILS and NEVER_THEIRS in reasons else verdict
 
 
-def bd_text(found: Sequence[Difference]) -> str:
-    """Differences over seeds as a mean with its interval, such as ``-28.4 ± 5.5 %``.
+def bd_text(rates: pd.DataFrame) -> str:
+    """``bd_rates`` of one pair over seeds as a mean with its interval, such as ``-28.4 ± 5.5 %``.
 
     What is not a number is told beside it, with its reason and of how many seeds.
     """
-    numbers = [each.percent for each in found if not each.why]
-    reasons = list(dict.fromkeys(each.why for each in found if each.why))
-    said = [text(numbers, 1, " %")] if numbers else []
-    for why in reasons:
-        count = sum(each.why == why for each in found)
-        said.append(why if count == len(found) else f"{why} ({count} of {len(found)} seeds)")
+    numbers, counts = _numbers(rates), rates["why"].value_counts(sort=False)
+    said = [text(numbers, 1, " %")] if len(numbers) else []
+    for why, count in counts.drop("", errors="ignore").items():
+        said.append(why if count == len(rates) else f"{why} ({count} of {len(rates)} seeds)")
     return ", ".join(said)
 
 
-def differences(rates: pd.DataFrame) -> list[Difference]:
-    """Rows of ``bd_rates`` as differences."""
-    return [Difference(*row) for row in zip(rates["bd_rate"], rates["why"], strict=True)]
+def _numbers(rates: pd.DataFrame) -> pd.Series:
+    return rates.loc[rates["why"] == "", "bd_rate"]
 
 
 def bd_table(rates: pd.DataFrame) -> pd.DataFrame:
     """``bd_rates`` averaged over seeds, as texts with intervals; a column for each network."""
     rates = rates.assign(network=rates["dataset"] + "-" + rates["model"])
     keys = ["recipe", "against", "network"]
-    said = {key: bd_text(differences(part)) for key, part in rates.groupby(keys, sort=False)}
+    said = {key: bd_text(part) for key, part in rates.groupby(keys, sort=False)}
     table = pd.Series(said, dtype=object).rename_axis(keys).unstack(fill_value="", sort=False)
     return table.rename_axis(columns=None).reset_index()

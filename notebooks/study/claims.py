@@ -16,13 +16,12 @@ from .jobs import float_bytes
 from .paths import STANDARD
 from .profiles import Case
 from .readings import (
-    ablation_claims,
     headline,
     precision_claims,
     removal_claims,
     seeds_of,
-    sign_claims,
     size_claims,
+    worse_claims,
 )
 from .tables import NETWORK, each_network
 from .verdicts import Claim, judge, single
@@ -156,7 +155,9 @@ def pruning(removal: pd.DataFrame, steps: int) -> list[Claim]:
         ("lrp, at once, refit", "reversed, at once, refit"),
         ("lrp contrastive, gradual, refit", "reversed, gradual, refit"),
     ]:
-        claims += sign_claims(removal, name, rival, name.removeprefix("lrp").strip(" ,"))
+        reading = name.removeprefix("lrp").strip(" ,")
+        rivals = {f"removing positive scores instead does more harm ({reading})": rival}
+        claims += worse_claims(removal, "C4s", ">= 1.0 point worse", name, rivals)
     return claims
 
 
@@ -250,7 +251,8 @@ def in_training(learned: pd.DataFrame) -> list[Claim]:
 
 def ablations(rule: pd.DataFrame) -> list[Claim]:
     """A1, from the table ``ablation-rule``."""
-    return ablation_claims(rule, WORKS, INGREDIENTS)
+    rivals = {f"the reading that works needs {what}": name for what, name in INGREDIENTS.items()}
+    return worse_claims(rule, "A1", ">= 1.0 point worse without", WORKS, rivals)
 
 
 def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict]) -> list[dict]:

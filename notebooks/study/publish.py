@@ -47,18 +47,17 @@ def claims_table(claims: list[dict]) -> str:
     networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
     rows: dict[tuple[str, str, str], dict[str, dict]] = {}
     for claim in claims:
-        network = re.sub(r"-s\d+$", "", claim["where"])
-        elsewhere = "" if network in networks else f" ({network})"
-        key = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
-        cells = rows.setdefault(key, {})
-        column = networks[0] if elsewhere else network
+        where = re.sub(r"-s\d+$", "", claim["where"])
+        elsewhere = "" if where in networks else f" ({where})"
+        row = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
+        cells, column = rows.setdefault(row, {}), networks[0] if elsewhere else where
         if column in cells:
-            raise ValueError(f"two results of {key} for {column}")
+            raise ValueError(f"two results of {row} for {column}")
         cells[column] = claim
     lines = []
     for (identifier, sentence, notebook), found in rows.items():
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
-        cells = [_result(found.get(network), len(goals) > 1) for network in networks]
+        cells = [_result(found.get(where), len(goals) > 1) for where in networks]
         lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
     head = ["", "claim", "expected", *networks, "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
@@ -143,23 +142,24 @@ def files_table(results: Path) -> str:
         more = pd.read_csv(path)
         in_order = more["recipe"].str.endswith("sequential") & (more["max_drop"] == 1)
         table = pd.concat([table, more[in_order]])
-    recipes = list(dict.fromkeys(table["recipe"]))
+    recipes = table["recipe"].unique()
     columns = {"": ["base network", *recipes]}
     for (dataset, model), part in table.groupby(NETWORK, sort=False):
         floats = (part["ratio"] * part["file_bytes"]).mean() / 1000
         seeds = part["seed"].nunique()
-        column = columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = []
         base = text(part.groupby("seed")["base_test_accuracy"].first(), 2, " %")
-        column.append(f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}")
-        for recipe in recipes:
-            rows = part[part["recipe"] == recipe]
-            if rows.empty:
-                column.append("–")
-                continue
-            size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
-            mark = "" if rows["reached"].all() else " †"
-            column.append(f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}")
+        float32 = f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}"
+        told = {recipe: _file(rows) for recipe, rows in part.groupby("recipe")}
+        column = [float32, *(told.get(recipe, "–") for recipe in recipes)]
+        columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = column
     return markdown(pd.DataFrame(columns))
+
+
+def _file(rows: pd.DataFrame) -> str:
+    """Size and accuracy of a recipe's files, marked where some seed loses more."""
+    size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
+    mark = "" if rows["reached"].all() else " †"
+    return f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}"
 
 
 def _stored(results: Path, dataset: str, model: str) -> str:

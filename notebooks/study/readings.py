@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .bdrate import bd_rates, bd_text, bd_verdict, differences
+from .bdrate import bd_rates, bd_text, bd_verdict
 from .tables import each_network, points_lost, smallest, smallest_files, text
 from .verdicts import Claim, all_of, judge
 
@@ -35,29 +35,13 @@ def removal_claims(removal: pd.DataFrame, recipe: str, reading: str) -> list[Cla
     return claims
 
 
-def sign_claims(removal: pd.DataFrame, ours: str, reversed_: str, reading: str) -> list[Claim]:
-    """C4s: the sign of the score matters.
-
-    Holds where the recipe with reversed scores, which removes the opposite half, loses at least a
-    point more than ours.
-    """
-    sentence = f"removing positive scores instead does more harm ({reading})"
-    return _point_worse(removal, ours, {sentence: reversed_}, "C4s", ">= 1.0 point worse")
-
-
-def ablation_claims(table: pd.DataFrame, full: str, without: dict[str, str]) -> list[Claim]:
-    """A1: a recipe needs its ingredients.
-
-    ``without`` names, by ingredient, the recipe that lacks it; the claim holds where that one loses
-    at least a point more.
-    """
-    rivals = {f"the reading that works needs {what}": recipe for what, recipe in without.items()}
-    return _point_worse(table, full, rivals, "A1", ">= 1.0 point worse without")
-
-
-def _point_worse(
-    table: pd.DataFrame, ours: str, rivals: dict[str, str], identifier: str, expected: str
+def worse_claims(
+    table: pd.DataFrame, identifier: str, expected: str, ours: str, rivals: dict[str, str]
 ) -> list[Claim]:
+    """C4s and A1: a recipe is at least a point of test accuracy better than its rivals.
+
+    ``rivals`` names, by the sentence that is claimed, the recipe that is to be worse.
+    """
     claims = []
     for where, part in each_network(table):
         by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
@@ -83,10 +67,10 @@ def precision_claims(table: pd.DataFrame, ours: str, others: list[str], way: str
         rivals = [name for name in others if name in sizes]
         if ours not in sizes or not rivals:
             continue
-        found = {name: differences(bd_rates(part, [(ours, name)])) for name in rivals}
-        against = [f"{name} {bd_text(each)} ({sizes[name]})" for name, each in found.items()]
+        found = {name: bd_rates(part, [(ours, name)]) for name in rivals}
+        against = [f"{name} {bd_text(rates)} ({sizes[name]})" for name, rates in found.items()]
         said = f"{sizes[ours]} within 1 point; against " + "; ".join(against)
-        verdict = all_of(bd_verdict(each) for each in found.values())
+        verdict = all_of(map(bd_verdict, found.values()))
         goal, seeds = "BD-rate < 0 % against each control", seeds_of(part[part["recipe"] == ours])
         claims.append(Claim("C5", sentence, where, goal, said, verdict, seeds))
     return claims
@@ -107,14 +91,13 @@ def size_claims(
     for where, part in each_network(table):
         sizes = _sizes(part)
         for sentence, pair in pairs.items():
-            if found := differences(bd_rates(part, [pair])):
-                size, other = (sizes[name] for name in pair)
-                said = f"{bd_text(found)}; within 1 point {size}, the other {other}"
-                verdict, seeds = (
-                    bd_verdict(found, wanted),
-                    seeds_of(part[part["recipe"] == pair[0]]),
-                )
-                claims.append(Claim(identifier, sentence, where, goal, said, verdict, seeds))
+            rates = bd_rates(part, [pair])
+            if rates.empty:
+                continue
+            size, other = (sizes[name] for name in pair)
+            said = f"{bd_text(rates)}; within 1 point {size}, the other {other}"
+            verdict, seeds = bd_verdict(rates, wanted), seeds_of(part[part["recipe"] == pair[0]])
+            claims.append(Claim(identifier, sentence, where, goal, said, verdict, seeds))
     return claims
 
 

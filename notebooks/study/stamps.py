@@ -107,26 +107,24 @@ def store_outputs() -> None:
     import nbformat
 
     from .records import write
+    from .sliders import VIEW
 
     for path in sorted(FOLDER.glob("[0-9][0-9]-*.ipynb")):
         stored = nbformat.read(path, as_version=4)
         executed = nbformat.read(paths.CACHE / "quick" / "notebooks" / path.name, as_version=4)
         injected = "injected-parameters"
         cells = [c for c in executed.cells if injected not in c.metadata.get("tags", [])]
-        for cell, done in zip(stored.cells, cells, strict=True):
-            if cell.source != done.source:
-                raise ValueError(f"{path.name} was edited since it was run: make reproduce")
-        count = 0
-        for cell, done in zip(stored.cells, cells, strict=True):
-            if cell.cell_type == "code":
-                count += 1
-                outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
-                cell.outputs, cell.execution_count = outputs, count
-                for output in cell.outputs:
-                    # of no use without the kernel that made it; the picture beside it stays
-                    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-                    if output.output_type == "execute_result":
-                        output.execution_count = count
+        pairs = list(zip(stored.cells, cells, strict=True))
+        if any(cell.source != done.source for cell, done in pairs):
+            raise ValueError(f"{path.name} was edited since it was run: make reproduce")
+        code = [(cell, done) for cell, done in pairs if cell.cell_type == "code"]
+        for count, (cell, done) in enumerate(code, 1):
+            cell.outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
+            cell.execution_count = count
+            for output in cell.outputs:
+                output.get("data", {}).pop(VIEW, None)  # the picture beside it stays
+                if output.output_type == "execute_result":
+                    output.execution_count = count
         write(path, nbformat.writes(stored) + "\n")
 
 
