@@ -45,9 +45,9 @@ def _torchvision(kind: str, name: str, layout: str, split: str) -> _Split:
     import torchvision.datasets  # here, because it takes seconds to import
 
     dataset = partial(getattr(torchvision.datasets, kind), train=split != "test")
-    found = None
-    with suppress(KeyError, RuntimeError):
-        found = dataset(os.environ["DATA_ROOT"])
+    found, root = None, os.environ.get("DATA_ROOT")
+    with suppress(RuntimeError):
+        found = dataset(root) if root else None
     try:
         found = dataset(CACHE / "data", download=True) if found is None else found
     except (URLError, RuntimeError, OSError) as error:
