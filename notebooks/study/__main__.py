@@ -1,6 +1,7 @@
 """Command line of the experiments: what the Makefile's targets call."""
 
 import argparse
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -15,11 +16,8 @@ if TYPE_CHECKING:
 def main(words: list[str] | None = None) -> int:
     """Parse the command line and run one command.
 
-    Returns
-    -------
-    int
-        Zero if all went well; one for ``fresh`` where the notebook has to be run, and for
-        ``verify`` where a check failed; two for an error.
+    Gives zero if all went well; one for ``fresh`` where the notebook has to be run, and for
+    ``verify`` where a check failed; two for an error.
     """
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["lock"]:
@@ -38,10 +36,10 @@ def main(words: list[str] | None = None) -> int:
     try:
         if command in LIGHT:
             place = {name: chosen[name] for name in ("profile", "seed", "per_class")}
-            return LIGHT[command](folder_name(**place), notebook, chosen)
+            return LIGHT[command](folder_name(**place), notebook, chosen) or 0
         from .sweep import Study  # here: torch, pandas and the rest take seconds to import
 
-        return COMMANDS[command](Study(**chosen), chosen)
+        return COMMANDS[command](Study(**chosen)) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,72 +48,56 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _fresh(folder: str, notebook: str, parameters: dict) -> int:
-    if stamps.fresh(folder, notebook, parameters):
-        print(f"{notebook}: up to date", flush=True)
-        return 0
-    return 1
-
-
-def _stamp(folder: str, notebook: str, parameters: dict) -> int:
-    stamps.stamp(folder, notebook, parameters)
+    if not stamps.fresh(folder, notebook, parameters):
+        return 1
+    print(f"{notebook}: up to date", flush=True)
     return 0
 
 
-def _bases(study: "Study", parameters: dict) -> int:
+def _bases(study: "Study") -> None:
     """Train what is missing before notebooks that run side by side would each train it."""
     for case in study.cases:
         study.base(case)
-    return 0
 
 
-def _claims(study: "Study", parameters: dict) -> int:
+def _claims(study: "Study") -> None:
     """Write ``CLAIMS.md``; print verdicts that changed, and in twelve lines what all came to."""
     from . import publish
-    from .records import read_claims
+    from .records import git, read_claims
 
     publish.write_claims(study.results)
-    claims, committed = read_claims(study.results), _committed(study)
+    paths = sorted(study.results.glob("claims-*.json"))
+    texts = [git("show", f"HEAD:results/{study.name}/{path.name}") for path in paths]
+    committed = [claim for text in texts if text for claim in json.loads(text)]
+    claims = read_claims(study.results)
     for line in publish.changed(claims, committed):
         print(line)
     print(publish.closing(study, claims, committed))
-    return 0
 
 
-def _committed(study: "Study") -> list[dict]:
-    from .records import claims_in, git
-
-    rows = []
-    for path in sorted(study.results.glob("claims-*.json")):
-        text = git("show", f"HEAD:results/{study.name}/{path.name}")
-        rows += claims_in(text) if text else []
-    return rows
-
-
-def _verify(study: "Study", parameters: dict) -> int:
+def _verify(study: "Study") -> int:
     from .verify import verify
 
     return verify(study)
 
 
-def _store_outputs(study: "Study", parameters: dict) -> int:
+def _store_outputs(study: "Study") -> None:
     from . import publish
 
     stamps.store_outputs()
     publish.write_claims(study.results)
     publish.update()
-    return 0
 
 
-def _report(study: "Study", parameters: dict) -> int:
+def _report(study: "Study") -> None:
     from .report import report
 
-    executed = study.scratch / "notebooks" / f"{stamps.LAST}.ipynb"
-    report(executed, study.results / "report.html")
-    print(study.results / "report.html")
-    return 0
+    target = study.results / "report.html"
+    report(study.scratch / "notebooks" / f"{stamps.LAST}.ipynb", target)
+    print(target)
 
 
-LIGHT = {"fresh": _fresh, "execute": stamps.execute, "stamp": _stamp}
+LIGHT = {"fresh": _fresh, "execute": stamps.execute, "stamp": stamps.stamp}
 """Asked before, for and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,

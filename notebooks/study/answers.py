@@ -1,6 +1,5 @@
 """What notebooks say in words, filled from results: answers, links, claims by network."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,18 +9,12 @@ from . import lessons
 from .bdrate import bd_rates, bd_table
 from .names import network, place
 from .paths import ROOT
-from .records import claims_in
-from .verdicts import FAILS, HOLDS, OPEN, Claim
+from .records import read_json
+from .verdicts import FAILS, HOLDS, OPEN, Claim, held
 
 
 class Said:
-    """A sentence with numbers in it: HTML in a notebook, where it is not compared as text.
-
-    Parameters
-    ----------
-    text : str
-        HTML.
-    """
+    """A sentence with numbers in it: HTML in a notebook, where it is not compared as text."""
 
     def __init__(self, text: str):
         self.text = text
@@ -36,23 +29,14 @@ class Said:
 def answer(study, notebook: str) -> Said:
     """A notebook's answer in one sentence, from its claims or tables as they were last saved.
 
-    Parameters
-    ----------
-    study : Study
-        Of the notebook; where it has none yet, the committed ones of its profile do.
-    notebook : str
-        Such as ``03-pruning``.
-
-    Returns
-    -------
-    Said
+    Where the study has none yet, the committed ones of its profile do.
     """
     for folder in (study.results, ROOT / "results" / study.name):
         try:
             if notebook in FROM_TABLES:
                 return Said(f"<b>{FROM_TABLES[notebook](folder)}</b>")
-            rows = claims_in((folder / f"claims-{notebook}.json").read_text())
-            return Said(f"<b>{ANSWERS[notebook](rows)}</b>")
+            claims = read_json(folder / f"claims-{notebook}.json")
+            return Said(f"<b>{ANSWERS[notebook](pd.DataFrame(claims))}</b>")
         except FileNotFoundError:
             continue
     return Said("Not known yet: run all cells, then this one again.")
@@ -81,64 +65,97 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
     return pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()]).fillna("")
 
 
-def _train(rows: list[dict]) -> str:
-    held = sum(row["verdict"] == HOLDS for row in rows)
+def _train(claims: pd.DataFrame) -> str:
+    rows = claims.to_dict("records")
     said = (f"{place(r['where'])} {r['ours']} % (known for {r['expected']} %)" for r in rows)
     return (
-        f"{held} of {len(rows)} are for certain as accurate as they are known to be with plain "
+        f"{held(claims['verdict'])} are for certain as accurate as they are known to be with plain "
         f"training. Test accuracy: {'; '.join(said)}."
     )
 
 
-def _quickstart(rows: list[dict]) -> str:
-    found = {row["id"]: row["ours"] for row in rows}
+def _measured(claims: pd.DataFrame) -> tuple[str, pd.Series]:
+    """The network that claims are about, and by their identifier what was measured."""
+    return place(claims["where"].iloc[0]), claims.set_index("id")["ours"]
+
+
+def _quickstart(claims: pd.DataFrame) -> str:
+    where, found = _measured(claims)
+    return f"{where}: {_file(found['Q1'], found['Q2'], found['Q3'])} measured."
+
+
+def _yours(claims: pd.DataFrame) -> str:
+    where, found = _measured(claims)
+    said = f"{where}, from torchvision: {_file(found['Y1'], found['Y3'], found['Y2'])} saved."
+    return f"If it is a feed-forward classifier in torch, yes. {said}"
+
+
+def _file(ratio: str, lost: str, equal: str) -> str:
+    loses = f"loses {float(lost):.2f} points of" if float(lost) > 0 else "loses no"
     return (
-        f"{place(rows[0]['where'])}: the file is {found['Q1']} times smaller than the float32 "
-        f"weights, {_loses(float(found['Q2']))}, and what is loaded from it is {found['Q3']}, bit "
-        "for bit, to what was measured."
+        f"the file is {ratio} times smaller than the float32 weights, {loses} test accuracy, and "
+        f"what is loaded from it is {equal}, bit for bit, to what was"
     )
 
 
-def _loses(points: float) -> str:
-    return f"loses {points:.2f} points of test accuracy" if points > 0 else "loses no test accuracy"
-
-
-def _relevance(rows: list[dict]) -> str:
-    found = {row["id"]: row["ours"] for row in rows}
+def _relevance(claims: pd.DataFrame) -> str:
+    where, found = _measured(claims)
     return (
-        f"As much as weight × gradient says, if the rule is ε. {place(rows[0]['where'])}: "
-        f"relevance leaks at most {found['R1']} of itself on its way, the heatmaps differ from "
-        f"zennit's by {found['R2']} at most, and 20 images of each class rank the weights like "
-        f"many more do (rank correlation {found['R3']})."
+        f"As much as weight × gradient says, if the rule is ε. {where}: relevance leaks at most "
+        f"{found['R1']} of itself on its way, the heatmaps differ from zennit's by {found['R2']} "
+        "at most, and 20 images of each class rank the weights like many more do (rank "
+        f"correlation {found['R3']})."
     )
 
 
-def _lost(rows: list[dict], reading: str) -> str:
-    """Points lost in a reading, over networks: ``83.06 to 88.61``."""
-    lost = [float(re.search(r"(-?\d+\.\d+)[^,]*points lost", row["ours"])[1])
-            for row in rows if row["id"] == "C4" and f"({reading}" in row["claim"]]  # fmt: skip
-    return f"{min(lost):.1f} to {max(lost):.1f}" if lost else "?"
+def _pruning(claims: pd.DataFrame) -> str:
+    removals = claims[claims["id"] == "C4"]
 
+    def lost(reading: str) -> str:
+        """Points lost in a reading, over networks: ``83.1 to 88.6``."""
+        asked = removals[removals["claim"].str.contains(f"({reading}", regex=False)]
+        found = asked["ours"].str.extract(r"(-?\d+\.\d+)[^,]*points lost")[0].astype(float)
+        return f"{found.min():.1f} to {found.max():.1f}" if len(found) else "?"
 
-def _pruning(rows: list[dict]) -> str:
     return (
-        f"Not as the sentence stands: all at once they cost {_lost(rows, 'literal, no training')} "
+        f"Not as the sentence stands: all at once they cost {lost('literal, no training')} "
         f"points of accuracy. Half of them, nearest zero first and with the rest refitted, cost "
-        f"{_lost(rows, 'the half nearest zero')}; all of them in four such rounds "
-        f"{_lost(rows, 'four rounds')}."
+        f"{lost('the half nearest zero')}; all of them in four such rounds {lost('four rounds')}."
     )
 
 
-def _precision(rows: list[dict]) -> str:
-    def held(reading: str) -> str:
-        found = [row["verdict"] == HOLDS for row in rows if row["claim"].endswith(f"({reading})")]
-        return f"on {sum(found)} of {len(found)} networks"
+def _precision(claims: pd.DataFrame) -> str:
+    def smaller(reading: str) -> str:
+        asked = claims[claims["claim"].str.endswith(f"({reading})")]
+        return f"on {held(asked['verdict'])} networks"
 
     return (
         "The smallest file within one point is smaller than every control's "
-        f"{held('rate-distortion by relevance')} if relevance weighs the rounding errors of "
-        f"units, and {held('tiers by |relevance|')} if it ranks weights into tiers of bits."
+        f"{smaller('rate-distortion by relevance')} if relevance weighs the rounding errors of "
+        f"units, and {smaller('tiers by |relevance|')} if it ranks weights into tiers of bits."
     )
+
+
+def _baseline(claims: pd.DataFrame) -> str:
+    counts = claims.groupby(["id", "where"], sort=False)["verdict"].agg(held)
+
+    def by_place(identifier: str) -> str:
+        said = counts[identifier].items()
+        return ", ".join(f"{count} on {place(where)}" for where, count in said)
+
+    return (
+        f"How many readings hold: 64 % smaller, {by_place('C1')}; 42 % more accurate, "
+        f"{by_place('C2')}; at most one point lost, {by_place('C3')}."
+    )
+
+
+def _ingredients(claims: pd.DataFrame) -> str:
+    what = claims["claim"].str.partition(" needs ")[2]
+    need = claims["verdict"].eq(HOLDS).groupby(what, sort=False).sum()
+    counts = sorted(set(need), reverse=True)
+    parts = [f"{count or 'none'}: {', '.join(need[need == count].index)}" for count in counts]
+    networks = claims["where"].nunique()
+    return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
 
 
 def _beyond(folder: Path) -> str:
@@ -157,18 +174,6 @@ def _beyond(folder: Path) -> str:
     )
 
 
-def _ingredients(rows: list[dict]) -> str:
-    held: dict[str, list[bool]] = {}
-    for row in rows:
-        held.setdefault(row["claim"].partition(" needs ")[2], []).append(row["verdict"] == HOLDS)
-    needed: dict[int, list[str]] = {}
-    for what, found in held.items():
-        needed.setdefault(sum(found), []).append(what)
-    parts = [f"{count or 'none'}: {', '.join(needed[count])}" for count in sorted(needed)[::-1]]
-    networks = len({row["where"] for row in rows})
-    return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
-
-
 def _settings(folder: Path) -> str:
     turned = lessons.settings(folder)
     lost = lessons.by_value(turned)
@@ -182,50 +187,21 @@ def _settings(folder: Path) -> str:
     )
 
 
-def _yours(rows: list[dict]) -> str:
-    found = {row["id"]: row["ours"] for row in rows}
-    return (
-        f"If it is a feed-forward classifier in torch, yes. {place(rows[0]['where'])}, from "
-        f"torchvision: the file is {found['Y1']} times smaller than the float32 weights, "
-        f"{_loses(float(found['Y3']))}, and what is loaded from it is {found['Y2']}, bit for bit, "
-        "to what was saved."
-    )
-
-
-def _counted(rows: list[dict], identifier: str) -> str:
-    """How many readings of a claim hold, network by network."""
-    found: dict[str, list[bool]] = {}
-    for row in rows:
-        if row["id"] == identifier:
-            found.setdefault(place(row["where"]), []).append(row["verdict"] == HOLDS)
-    return ", ".join(f"{sum(held)} of {len(held)} on {where}" for where, held in found.items())
-
-
-def _baseline(rows: list[dict]) -> str:
-    return (
-        f"How many readings hold: 64 % smaller, {_counted(rows, 'C1')}; 42 % more accurate, "
-        f"{_counted(rows, 'C2')}; at most one point lost, {_counted(rows, 'C3')}."
-    )
-
-
 def whole(rows: Iterable[dict]) -> Said:
     """How many readings of all claims hold, and where the paper's do in every reading."""
-    verdicts = [row["verdict"] for row in rows]
-    kinds: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        if row["id"] in PAPERS:
-            kinds.setdefault((row["id"], row["where"]), set()).add(row["verdict"])
+    claims = pd.DataFrame(rows)
+    counts = claims["verdict"].value_counts().reindex([HOLDS, OPEN, FAILS], fill_value=0)
+    papers = claims[claims["id"].isin(PAPERS)].sort_values("id", kind="stable")
+    cells = papers.groupby(["id", "where"], sort=False)["verdict"].agg(["nunique", "first"])
 
     def all_are(verdict: str) -> str:
-        cells = [cell for cell, found in kinds.items() if found == {verdict}]
-        said = [f"{name} on {place(where)}" for name, where in sorted(cells, key=lambda c: c[0])]
-        return ", ".join(said) or "none"
+        found = cells.index[(cells["nunique"] == 1) & (cells["first"] == verdict)]
+        return ", ".join(f"{name} on {place(where)}" for name, where in found) or "none"
 
     return Said(
-        f"<b>In part. Of {len(verdicts)} readings of claims {verdicts.count(HOLDS)} hold, "
-        f"{verdicts.count(OPEN)} are open and {verdicts.count(FAILS)} fail. Of the paper's own, "
-        f"these hold in every reading: {all_are(HOLDS)}; these fail in every one: "
-        f"{all_are(FAILS)}.</b>"
+        f"<b>In part. Of {len(claims)} readings of claims {counts[HOLDS]} hold, {counts[OPEN]} are "
+        f"open and {counts[FAILS]} fail. Of the paper's own, these hold in every reading: "
+        f"{all_are(HOLDS)}; these fail in every one: {all_are(FAILS)}.</b>"
     )
 
 

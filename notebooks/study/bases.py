@@ -19,40 +19,24 @@ from .training import Passes, augment_crop_flip, fit, multiplies_bfloat16, pick_
 
 @dataclass(frozen=True)
 class Schedule:
-    """Hyperparameters of ``fit`` for one network on one kind of data.
+    """Hyperparameters of ``fit`` for one network on one kind of data."""
 
-    Attributes
-    ----------
-    epochs : int
-        Passes over the training split in one cycle of the learning rate.
-    lr : float
-        Highest learning rate.
-    batch_size : int
-        Images of a step.
-    augment : bool
-        Random shifts and mirrored images (colour images only).
-    precision : str
-        ``float32``; ``float64``, in which processors that round differently still end at the
-        same network; ``bfloat16``, where the device multiplies it in hardware, else float32.
-    cycles : int
-        Cycles, each started from the network that the one before it left (warm restarts,
-        Loshchilov and Hutter 2017). Where a checkpoint has fewer, the missing ones are added.
-    averaged : int
-        Passes after the last cycle at an eighth of ``lr``, over which weights are averaged. A
-        checkpoint that has fewer is averaged anew.
-    bits : int
-        Of the weights in the checkpoint, for networks too large to be kept as floats; the network
-        that everything starts from is then the decoded one. Zero: float32.
-    """
-
-    epochs: int
-    lr: float
+    epochs: int  # passes over the training split in one cycle of the learning rate
+    lr: float  # the highest
     batch_size: int = 128
-    augment: bool = False
+    augment: bool = False  # random shifts and mirrored images (colour images only)
     precision: str = "float32"
+    """``float32``; ``float64``, in which processors that round differently still end at the same
+    network; ``bfloat16``, where the device multiplies it in hardware, else float32."""
     cycles: int = 1
+    """Each started from the network that the one before it left (warm restarts, Loshchilov and
+    Hutter 2017). Where a checkpoint has fewer, the missing ones are added."""
     averaged: int = 0
+    """Passes after the last cycle at an eighth of ``lr``, over which weights are averaged. A
+    checkpoint that has fewer is averaged anew."""
     bits: int = 0
+    """Of the weights in the checkpoint, for networks too large to be kept as floats; the network
+    that everything starts from is then the decoded one. Zero: float32."""
 
     @property
     def passes(self) -> int:
@@ -74,22 +58,7 @@ SCHEDULES = {
 
 
 def schedule(dataset: str, model: str) -> Schedule:
-    """Look up how a network is trained on a data set.
-
-    Parameters
-    ----------
-    dataset, model : str
-        Names in ``study.data.DATASETS`` and ``study.networks.NETWORKS``.
-
-    Returns
-    -------
-    Schedule
-
-    Raises
-    ------
-    ValueError
-        No such pair; the message lists the known ones.
-    """
+    """How a network is trained on a data set; a ValueError lists the pairs that are known."""
     key = (kind(dataset), model)
     if key not in SCHEDULES:
         known = ", ".join(f"{d}/{m}" for d, m in SCHEDULES)
@@ -105,7 +74,7 @@ def stream(dataset: str, model: str, images: Tensor, labels: Tensor, seed: int) 
 
 
 def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = False) -> nn.Module:
-    """Read a trained network, or train it and keep it.
+    """Read a trained network, or train it and keep it; in evaluation mode, on the CPU.
 
     Parameters
     ----------
@@ -114,16 +83,10 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
     seed : int
         Of initial weights, order and augmentation.
     folder : Path
-        Where ``<dataset>-<model>-s<seed>.safetensors`` (``.xaic`` if the schedule has ``bits``)
-        is, or is written; training in progress leaves a ``.partial.pt`` beside it and goes on
-        from there after an interruption.
+        Where ``checkpoint`` is, or is written; training in progress leaves a ``.partial.pt`` beside
+        it and goes on from there after an interruption.
     progress : bool
         Show a bar while training.
-
-    Returns
-    -------
-    nn.Module
-        In evaluation mode, on the CPU.
     """
     how = schedule(dataset, model)
     name = f"{dataset}-{model}-s{seed}"
@@ -166,19 +129,13 @@ def base(dataset: str, model: str, seed: int, folder: Path, progress: bool = Fal
 
 
 def is_trained(dataset: str, model: str, seed: int, folder: Path) -> bool:
-    """Whether ``base`` would read a network as it is, rather than train.
-
-    Parameters
-    ----------
-    dataset, model, seed, folder
-        As for ``base``.
-    """
+    """Whether ``base`` would read a network as it is, rather than train."""
     how, had = schedule(dataset, model), _training(checkpoint(dataset, model, seed, folder))
     return had["cycles"] >= how.cycles and had["averaged"] >= how.averaged
 
 
 def checkpoint(dataset: str, model: str, seed: int, folder: Path) -> Path:
-    """The file of a base network; see ``base``."""
+    """The file of a base network; ``.xaic`` where the schedule has ``bits``."""
     suffix = "xaic" if schedule(dataset, model).bits else "safetensors"
     return folder / f"{dataset}-{model}-s{seed}.{suffix}"
 

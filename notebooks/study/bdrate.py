@@ -1,13 +1,13 @@
 """Curves of files against each other: BD-rate, how coders are compared, and what it decides."""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .tables import NETWORK, text
+from .tables import NETWORK, points_lost, text
 from .verdicts import FAILS, HOLDS, OPEN, judge
 
 LOST = (0.2, 2.0)
@@ -16,48 +16,33 @@ SHARE = 0.5
 """Of this range both curves have to cover so much in common."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much larger the files of one curve are than those of another.
+class Difference(NamedTuple):
+    """How much larger the files of one curve are than those of another."""
 
-    Attributes
-    ----------
-    percent : float
-        BD-rate: negative where the first curve's files are smaller; NaN where ``why`` says why.
-    why : str
-        ``NEVER_OURS``, ``NEVER_THEIRS`` or ``APART``; empty where there is a number.
-    """
-
-    percent: float
-    why: str = ""
+    percent: float  # the BD-rate: negative where the first curve's files are smaller
+    why: str = ""  # it is NaN: NEVER_OURS, NEVER_THEIRS or APART
 
 
 NEVER_OURS, NEVER_THEIRS = "never within 2 points", "the other never within 2 points"
 APART = "too few losses in common"
 
 
-def bd_rate(
-    ours: pd.DataFrame,
-    theirs: pd.DataFrame,
-    lost: tuple[float, float] = LOST,
-) -> Difference:
+def bd_rate(ours: pd.DataFrame, theirs: pd.DataFrame) -> Difference:
     """Mean difference of log bytes between two curves at equal points of test accuracy lost.
 
     Parameters
     ----------
     ours, theirs : DataFrame
-        A row for each file of one network: file_bytes, test_accuracy, base_test_accuracy
-        (percent). In any order.
-    lost : tuple of float
-        Range of points lost, ascending.
+        A row for each file of one network, in any order: file_bytes, test_accuracy and
+        base_test_accuracy (percent).
 
     Returns
     -------
     Difference
-        100 (exp(d) - 1), where d is the mean of log(bytes of ours) - log(bytes of theirs) over
-        the part of the range that both curves cover. NaN where a curve has no file that loses as
-        little as the range's upper end, or where this part is shorter than half of the range: a
-        curve is not continued beyond its ends.
+        100 (exp(d) - 1), where d is the mean of log(bytes of ours) - log(bytes of theirs) over the
+        part of ``LOST`` that both curves cover. NaN where a curve has no file that loses as little
+        as the range's upper end, or where this part is shorter than ``SHARE`` of the range: a curve
+        is not continued beyond its ends.
 
     Notes
     -----
@@ -74,7 +59,7 @@ def bd_rate(
     document VCEG-M33, 2001.
     """
     (losses, sizes), (their_losses, their_sizes) = _envelope(ours), _envelope(theirs)
-    low, high = lost
+    low, high = LOST
     for lowest, why in ((losses[0], NEVER_OURS), (their_losses[0], NEVER_THEIRS)):
         if lowest > high:
             return Difference(float("nan"), why)
@@ -90,29 +75,18 @@ def bd_rate(
 
 def _envelope(files: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Points lost, ascending, and log bytes, descending, of the files that no other one beats."""
-    lost = files["base_test_accuracy"] - files["test_accuracy"]
-    ordered = files.assign(lost=lost).sort_values(["file_bytes", "lost"])
+    ordered = files.assign(lost=points_lost(files)).sort_values(["file_bytes", "lost"])
     best_before = ordered["lost"].cummin().shift(fill_value=np.inf)
     kept = ordered[ordered["lost"] < best_before].iloc[::-1]
     return kept["lost"].to_numpy(float), np.log(kept["file_bytes"].to_numpy(float))
 
 
 def bd_rates(table: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """BD-rate of pairs of recipes, seed by seed.
+    """BD-rate of pairs of recipes, the first compared with the second, seed by seed.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``; files of several knobs make a recipe's curve.
-    pairs : iterable of tuple of str
-        Recipe, and the one that it is compared with.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed, recipe, against, bd_rate (percent, negative where the recipe's files
-        are smaller) and why (of what is not a number). Networks without one of the two recipes
-        are left out.
+    ``table`` is of ``Study.sweep``; files of several knobs make a recipe's curve. Columns: dataset,
+    model, seed, recipe, against, bd_rate (percent, negative where the recipe's files are smaller)
+    and why (of what is not a number). Networks without one of the two recipes are left out.
     """
     pairs, rows = list(pairs), []
     for (dataset, model, seed), part in table.groupby([*NETWORK, "seed"], sort=False):
@@ -120,67 +94,48 @@ def bd_rates(table: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFr
         for ours, theirs in pairs:
             if ours in curves and theirs in curves:
                 found = bd_rate(curves[ours], curves[theirs])
-                rows.append((dataset, model, seed, ours, theirs, found.percent, found.why))
+                rows.append((dataset, model, seed, ours, theirs, *found))
     columns = [*NETWORK, "seed", "recipe", "against", "bd_rate", "why"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def bd_verdict(
-    found: Sequence[Difference], wanted: Callable[[float, float], bool] = operator.lt
-) -> str:
-    """Decide whether files are smaller than others, from their differences over seeds.
+def bd_verdict(rates: pd.DataFrame, wanted: Callable[[float, float], bool] = operator.lt) -> str:
+    """Decide whether files are smaller than others, from ``bd_rates`` of one pair over seeds.
 
-    Parameters
-    ----------
-    found : sequence of Difference
-        One for each seed.
-    wanted : callable
-        ``operator.lt``, or ``operator.le`` where equal files are good enough.
-
-    Returns
-    -------
-    str
-        By the 95 % interval of the BD-rate, or a single seed's value (``judge``). It fails where
-        ours never come within the range; where the others never do, that seed is won and has no
-        part in the mean. It is open where seeds disagree in this, or have too little in common.
+    By the 95 % interval of the BD-rate, or a single seed's value (``judge``); ``wanted`` is
+    ``operator.le`` where equal files are good enough. It fails where ours never come within the
+    range; where the others never do, that seed is won and has no part in the mean. It is open where
+    seeds disagree in this, or have too little in common.
     """
-    reasons = {each.why for each in found}
-    numbers = [each.percent for each in found if not each.why]
+    reasons, numbers = set(rates["why"]), _numbers(rates)
     if NEVER_OURS in reasons:
         return FAILS
     if APART in reasons:
         return OPEN
-    verdict = judge(numbers, 0, wanted) if numbers else HOLDS
+    verdict = judge(numbers, 0, wanted) if len(numbers) else HOLDS
     return OPEN if verdict == FAILS and NEVER_THEIRS in reasons else verdict
 
 
-def bd_text(found: Sequence[Difference]) -> str:
-    """Differences over seeds as a mean with its interval, such as ``-28.4 ± 5.5 %``.
+def bd_text(rates: pd.DataFrame) -> str:
+    """``bd_rates`` of one pair over seeds as a mean with its interval, such as ``-28.4 ± 5.5 %``.
 
     What is not a number is told beside it, with its reason and of how many seeds.
     """
-    numbers = [each.percent for each in found if not each.why]
-    reasons = list(dict.fromkeys(each.why for each in found if each.why))
-    said = [text(numbers, 1, " %")] if numbers else []
-    for why in reasons:
-        count = sum(each.why == why for each in found)
-        said.append(why if count == len(found) else f"{why} ({count} of {len(found)} seeds)")
+    numbers, counts = _numbers(rates), rates["why"].value_counts(sort=False)
+    said = [text(numbers, 1, " %")] if len(numbers) else []
+    for why, count in counts.drop("", errors="ignore").items():
+        said.append(why if count == len(rates) else f"{why} ({count} of {len(rates)} seeds)")
     return ", ".join(said)
 
 
-def differences(rates: pd.DataFrame) -> list[Difference]:
-    """Rows of ``bd_rates`` as differences."""
-    return [Difference(*row) for row in zip(rates["bd_rate"], rates["why"], strict=True)]
+def _numbers(rates: pd.DataFrame) -> pd.Series:
+    return rates.loc[rates["why"] == "", "bd_rate"]
 
 
 def bd_table(rates: pd.DataFrame) -> pd.DataFrame:
     """``bd_rates`` averaged over seeds, as texts with intervals; a column for each network."""
-    found = rates.assign(network=rates["dataset"] + "-" + rates["model"])
-    cells = {
-        (key[:2], key[2]): bd_text(differences(part))
-        for key, part in found.groupby(["recipe", "against", "network"], sort=False)
-    }
-    networks = list(found["network"].unique())
-    pairs = list(dict.fromkeys(pair for pair, _ in cells))
-    rows = [[*pair, *(cells.get((pair, network), "") for network in networks)] for pair in pairs]
-    return pd.DataFrame(rows, columns=["recipe", "against", *networks])
+    rates = rates.assign(network=rates["dataset"] + "-" + rates["model"])
+    keys = ["recipe", "against", "network"]
+    said = {key: bd_text(part) for key, part in rates.groupby(keys, sort=False)}
+    table = pd.Series(said, dtype=object).rename_axis(keys).unstack(fill_value="", sort=False)
+    return table.rename_axis(columns=None).reset_index()

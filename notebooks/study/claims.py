@@ -16,15 +16,14 @@ from .jobs import float_bytes
 from .paths import STANDARD
 from .profiles import Case
 from .readings import (
-    ablation_claims,
     headline,
     precision_claims,
     removal_claims,
     seeds_of,
-    sign_claims,
     size_claims,
+    worse_claims,
 )
-from .tables import NETWORK
+from .tables import NETWORK, each_network
 from .verdicts import Claim, judge, single
 
 LRP = "lrp-epsilon/contrastive"
@@ -80,30 +79,43 @@ def saved(case: Case, model: nn.Module, compressed: Compressed, path: Path) -> l
     before, after = (evaluate(n, *split(case.dataset, "test")) for n in (model, network))
     pairs = zip(network.state_dict().values(), expected.state_dict().values(), strict=True)
     identical = all(torch.equal(one, two) for one, two in pairs)
-    return quickstart(case, float_bytes(model) / path.stat().st_size, before - after, identical)
-
-
-def quickstart(case: Case, ratio: float, lost: float, identical: bool) -> list[Claim]:
-    """Q1 to Q3, from how many times smaller the file is, points lost, and whether bits agree."""
-    said = "equal" if identical else "not equal"
+    ratio, lost = float_bytes(model) / path.stat().st_size, before - after
     return [
         single("Q1", "the file is at least 10 times smaller than the float32 weights", case, "10",
                f"{ratio:.1f}", ratio >= 10, case.seed),
-        single("Q2", "at most 1 point of test accuracy is lost", case, "1.0", f"{lost:.2f}",
-               lost <= 1, case.seed),
-        single("Q3", "the loaded network equals the saved one, bit for bit", case, "equal", said,
-               identical, case.seed),
+        _little_lost("Q2", case, lost, case.seed),
+        _equal("Q3", case, identical, case.seed),
     ]  # fmt: skip
+
+
+def your_model(ratio: float, equal: bool, lost: float, seed: int) -> list[Claim]:
+    """Y1 to Y3, from how many times smaller a file is, whether bits agree, and points lost."""
+    where = "digits-mobilenet"
+    sentence = "a torchvision network meets a given ratio"
+    return [
+        single("Y1", sentence, where, "16", f"{ratio:.2f}", ratio >= 16, seed),
+        _equal("Y2", where, equal, seed),
+        _little_lost("Y3", where, lost, seed),
+    ]
+
+
+def _little_lost(identifier: str, where: object, lost: float, seed: int) -> Claim:
+    sentence = "at most 1 point of test accuracy is lost"
+    return single(identifier, sentence, where, "1.0", f"{lost:.2f}", lost <= 1, seed)
+
+
+def _equal(identifier: str, where: object, equal: bool, seed: int) -> Claim:
+    sentence = "the loaded network equals the saved one, bit for bit"
+    said = "equal" if equal else "not equal"
+    return single(identifier, sentence, where, "equal", said, equal, seed)
 
 
 def base_networks(bases: pd.DataFrame) -> list[Claim]:
     """B1, from the table ``bases``."""
-    claims = []
-    for (dataset, model), part in bases.groupby(NETWORK, sort=False):
-        goal, reached = GOALS.get((dataset, model), 96.0), part["test"]
-        sentence = "the base network is as accurate as it is known to be"
-        where, said = f"{dataset}-{model}", f"{reached.mean():.2f}"
-        verdict = judge(reached, goal)
+    sentence, claims = "the base network is as accurate as it is known to be", []
+    for where, part in each_network(bases):
+        goal, reached = GOALS.get(tuple(part[NETWORK].iloc[0]), 96.0), part["test"]
+        said, verdict = f"{reached.mean():.2f}", judge(reached, goal)
         claims.append(Claim("B1", sentence, where, f"{goal}", said, verdict, seeds_of(part)))
     return claims
 
@@ -123,9 +135,8 @@ def references(where: str, needed: pd.DataFrame) -> Claim:
     """R3, from the table ``relevance-references``: draws of images for one network."""
     enough = needed[(needed["knob"] == 20) & (needed["scores"] == "abs")]["rank correlation"].mean()
     sentence = "20 images of each class rank the weights as all reference images do"
-    seed = int(where.rpartition("-s")[2])
-    return single("R3", sentence, where, "rank correlation > 0.95", f"{enough:.3f}", enough > 0.95,
-                  seed)  # fmt: skip
+    goal, seed = "rank correlation > 0.95", int(where.rpartition("-s")[2])
+    return single("R3", sentence, where, goal, f"{enough:.3f}", enough > 0.95, seed)
 
 
 def pruning(removal: pd.DataFrame, steps: int) -> list[Claim]:
@@ -144,7 +155,9 @@ def pruning(removal: pd.DataFrame, steps: int) -> list[Claim]:
         ("lrp, at once, refit", "reversed, at once, refit"),
         ("lrp contrastive, gradual, refit", "reversed, gradual, refit"),
     ]:
-        claims += sign_claims(removal, name, rival, name.removeprefix("lrp").strip(" ,"))
+        reading = name.removeprefix("lrp").strip(" ,")
+        rivals = {f"removing positive scores instead does more harm ({reading})": rival}
+        claims += worse_claims(removal, "C4s", ">= 1.0 point worse", name, rivals)
     return claims
 
 
@@ -184,12 +197,7 @@ def against_baseline(table: pd.DataFrame, by_criterion: pd.DataFrame) -> list[Cl
 def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Claim]:
     """L1, C5, C6 and C7, from the table ``sequential`` and, where there is one, ``nncodec``.
 
-    Parameters
-    ----------
-    table : DataFrame
-        All recipes of `06-beyond` with all settings.
-    read : callable
-        Name of a table -> table; a FileNotFoundError says that the standard coder was not run.
+    ``read`` gives the table of a name; by a FileNotFoundError it says that it was not made.
     """
     needs_less = {
         f"coding layer after layer needs less than all at once ({name})": (sequential, name)
@@ -202,13 +210,14 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
         claims += precision_claims(
             table, f"{name}, sequential", controls, f"layer after layer by {what}"
         )
-    pairs = {}
-    for what, name in WAYS.items():
-        for pruned in ("", ", pruned"):
-            for other in CRITERIA if not pruned else CRITERIA[:1]:
-                end = f"{pruned}, sequential"
-                sentence = f"{what}, layer after layer{pruned}, needs no larger file than {other}"
-                pairs[sentence] = (f"{name}{end}", f"{other}{end}")
+    ends = [(other, "") for other in CRITERIA] + [(CRITERIA[0], ", pruned")]
+    pairs = {
+        f"{what}, layer after layer{pruned}, needs no larger file than {other}": (
+            f"{name}{pruned}, sequential", f"{other}{pruned}, sequential",
+        )
+        for what, name in WAYS.items()
+        for other, pruned in ends
+    }  # fmt: skip
     claims += size_claims(table, "C6", pairs)
     ours = {
         f"no larger than NNCodec's files at equal accuracy ({name})": (name, STANDARD)
@@ -242,38 +251,16 @@ def in_training(learned: pd.DataFrame) -> list[Claim]:
 
 def ablations(rule: pd.DataFrame) -> list[Claim]:
     """A1, from the table ``ablation-rule``."""
-    return ablation_claims(rule, WORKS, INGREDIENTS)
-
-
-def your_model(ratio: float, equal: bool, lost: float, seed: int) -> list[Claim]:
-    """Y1 to Y3, from how many times smaller a file is, whether bits agree, and points lost."""
-    where, said = "digits-mobilenet", "equal" if equal else "not equal"
-    return [
-        single("Y1", "a torchvision network meets a given ratio", where, "16", f"{ratio:.2f}",
-               ratio >= 16, seed),
-        single("Y2", "the loaded network equals the saved one, bit for bit", where, "equal", said,
-               equal, seed),
-        single("Y3", "at most 1 point of test accuracy is lost", where, "1.0", f"{lost:.2f}",
-               lost <= 1, seed),
-    ]  # fmt: skip
+    rivals = {f"the reading that works needs {what}": name for what, name in INGREDIENTS.items()}
+    return worse_claims(rule, "A1", ">= 1.0 point worse without", WORKS, rivals)
 
 
 def from_tables(read: Callable[[str], pd.DataFrame], steps: int, rows: list[dict]) -> list[dict]:
     """Come to a profile's claims again from its tables alone, wherever that is possible.
 
-    Parameters
-    ----------
-    read : callable
-        Name of a table -> table.
-    steps : int
-        Of fine-tuning, in the profile.
-    rows : list of dict
-        The claims as written. R1 and R2, Q and Y rest on what no table holds.
-
-    Returns
-    -------
-    list of dict
-        As ``Claim.row`` gives them; of notebooks that have claims in ``rows``.
+    ``read`` gives the table of a name, ``steps`` are those of fine-tuning, ``rows`` the claims as
+    written; of notebooks that have none there, none are made. R1 and R2, Q and Y rest on what no
+    table holds. The result is as ``Claim.row`` gives it.
     """
     where = next((row["where"] for row in rows if row["id"] == "R3"), "")
     made = {

@@ -1,11 +1,11 @@
 """Images and labels, split and normalised once for everybody: ``DATASETS[name] = Dataset(...)``."""
 
-import gzip
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from urllib.error import URLError
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib.files import write_bytes
 
-from .paths import CACHE
+from .paths import CACHE, check_known
 
 SPLITS = ("train", "val", "test")
 _Split = tuple[np.ndarray, np.ndarray]
@@ -40,23 +40,21 @@ def _missing(name: str, layout: str, download: str) -> DataNotFoundError:
     )
 
 
-def _torchvision(kind: str, name: str, layout: str, train: bool) -> tuple[np.ndarray, list]:
+def _torchvision(kind: str, name: str, layout: str, split: str) -> _Split:
     """Read a torchvision data set from ``DATA_ROOT``, else from the cache, else download it."""
     import torchvision.datasets  # here, because it takes seconds to import
 
-    dataset = getattr(torchvision.datasets, kind)
-    roots = [os.environ["DATA_ROOT"]] if "DATA_ROOT" in os.environ else []
-    for root in [*roots, CACHE / "data"]:
-        try:
-            found = dataset(root, train=train)
-            return np.asarray(found.data), found.targets
-        except RuntimeError:
-            continue
+    dataset = partial(getattr(torchvision.datasets, kind), train=split != "test")
+    found, root = None, os.environ.get("DATA_ROOT")
+    with suppress(RuntimeError):
+        found = dataset(root) if root else None
     try:
-        found = dataset(CACHE / "data", train=train, download=True)
+        found = dataset(CACHE / "data", download=True) if found is None else found
     except (URLError, RuntimeError, OSError) as error:
         raise _missing(name, layout, "connect to a network and run again to download it") from error
-    return np.asarray(found.data), found.targets
+    pixels, labels = np.asarray(found.data), np.asarray(found.targets)
+    pixels = pixels.reshape(*pixels.shape[:3], -1).transpose(0, 3, 1, 2)  # [N, C, H, W]
+    return (pixels, labels) if split == "test" else _held_out(pixels, labels)[split]
 
 
 def _digits() -> dict[str, _Split]:
@@ -80,27 +78,13 @@ def _held_out(images: np.ndarray, labels: np.ndarray) -> dict[str, _Split]:
     return {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
 
 
-def _mnist(split: str) -> _Split:
-    layout = "MNIST/raw/*-ubyte (torchvision.datasets.MNIST)"
-    pixels, labels = _torchvision("MNIST", "mnist", layout, train=split != "test")
-    pixels, labels = pixels[:, None], np.asarray(labels)
-    return (pixels, labels) if split == "test" else _held_out(pixels, labels)[split]
-
-
-def _cifar10(split: str) -> _Split:
-    layout = "cifar-10-batches-py (torchvision.datasets.CIFAR10)"
-    pixels, labels = _torchvision("CIFAR10", "cifar10", layout, train=split != "test")
-    pixels, labels = pixels.transpose(0, 3, 1, 2), np.asarray(labels)
-    return (pixels, labels) if split == "test" else _held_out(pixels, labels)[split]
-
-
 def _decode_cifar_jpeg(root: Path) -> dict[str, np.ndarray]:
     """Decode all JPEG files, in the order of their names, from the folder or its archive."""
     archive, folder = root / _CIFAR_ARCHIVE, root / _CIFAR_FOLDER
     if folder.is_dir():
         files = {str(p.relative_to(root)): p.read_bytes() for p in folder.rglob("*.jpg")}
     elif archive.is_file():
-        with tarfile.open(fileobj=BytesIO(gzip.decompress(archive.read_bytes()))) as tar:
+        with tarfile.open(archive) as tar:
             files = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}
     else:
         raise _missing(
@@ -125,8 +109,7 @@ def _cifar10_jpeg(split: str) -> _Split:
     if not cached.exists():
         arrays = _decode_cifar_jpeg(Path(os.environ.get("DATA_ROOT", CACHE / "data")))
         cached.parent.mkdir(parents=True, exist_ok=True)
-        content = BytesIO()
-        np.savez(content, **arrays)
+        np.savez(content := BytesIO(), **arrays)
         write_bytes(cached, content.getvalue())
     with np.load(cached) as arrays:
         if split == "test":
@@ -136,32 +119,23 @@ def _cifar10_jpeg(split: str) -> _Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set.
-
-    Attributes
-    ----------
-    read : callable
-        split -> (uint8 pixels [N, C, H, W], integer labels [N]), for each of ``SPLITS``.
-    mean, std : tuple of float
-        Of each channel, of pixels divided by 255.
-    classes : int
-        Number of labels.
-    kind : str
-        Data sets of one kind are trained on alike; the data set's own name by default.
-    """
+    """One data set."""
 
     read: Callable[[str], _Split]
-    mean: tuple[float, ...]
+    """A split of ``SPLITS`` -> (uint8 pixels [N, C, H, W], integer labels [N])."""
+    mean: tuple[float, ...]  # of each channel, of pixels divided by 255
     std: tuple[float, ...]
     classes: int = 10
-    kind: str = ""
+    kind: str = ""  # data sets of one kind are trained on alike; by default the own name
 
 
+_MNIST = ("MNIST", "mnist", "MNIST/raw/*-ubyte (torchvision.datasets.MNIST)")
+_CIFAR10 = ("CIFAR10", "cifar10", "cifar-10-batches-py (torchvision.datasets.CIFAR10)")
 _CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "kind": "cifar"}
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(lambda split: _digits()[split], (0.3053,), (0.3491,)),
-    "mnist": Dataset(_mnist, (0.1307,), (0.3081,)),
-    "cifar10": Dataset(_cifar10, **_CIFAR),
+    "mnist": Dataset(partial(_torchvision, *_MNIST), (0.1307,), (0.3081,)),
+    "cifar10": Dataset(partial(_torchvision, *_CIFAR10), **_CIFAR),
     "cifar10-jpeg": Dataset(_cifar10_jpeg, **_CIFAR),
 }
 
@@ -172,23 +146,10 @@ def kind(name: str) -> str:
 
 
 def load(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Load one split of a data set.
+    """Load one split of a data set: images float32 [N, C, H, W] and labels int64 [N].
 
-    Parameters
-    ----------
-    name : str
-        ``digits`` (bundled with scikit-learn, 8x8 enlarged to 28x28), ``mnist``, ``cifar10`` or
-        ``cifar10-jpeg`` (a JPEG copy of CIFAR-10; not the original pixels).
-    split : str
-        ``train``, ``val`` (held out of the training images, stratified) or ``test``.
-
-    Returns
-    -------
-    images : Tensor
-        float32 [N, C, H, W]; per channel, the data set's mean is subtracted and the result is
-        divided by its standard deviation.
-    labels : Tensor
-        int64 [N], from 0 to classes - 1.
+    Splits are ``train``, ``val`` (held out of the training images, stratified) and ``test``. Of
+    each channel the data set's mean is subtracted, and the rest divided by its standard deviation.
 
     Raises
     ------
@@ -197,10 +158,8 @@ def load(name: str, split: str) -> tuple[Tensor, Tensor]:
     DataNotFoundError
         The files are not there and no network is; the message says the two ways to get them.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    check_known("data set", name, DATASETS)
+    check_known("split", split, SPLITS)
     dataset = DATASETS[name]
     pixels, labels = dataset.read(split)
     images = torch.from_numpy(np.ascontiguousarray(pixels)).float().div_(255)
@@ -216,21 +175,10 @@ def split(dataset: str, part: str) -> tuple[Tensor, Tensor]:
 
 
 def sample(images: Tensor, labels: Tensor, per_class: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw the same number of images of each class.
+    """Draw ``per_class`` images of each class, classes interleaved.
 
-    Parameters
-    ----------
-    images, labels : Tensor
-        [N, ...] and int64 [N].
-    per_class : int
-        Images of each class; a class with fewer gives all that it has.
-    seed : int
-        The draw; a larger ``per_class`` with the same seed keeps the images of a smaller one.
-
-    Returns
-    -------
-    images, labels : Tensor
-        At most ``per_class * classes`` of them, classes interleaved.
+    A class with fewer gives all that it has. A larger ``per_class`` with the same seed keeps the
+    images of a smaller one.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.empty_like(labels)

@@ -1,5 +1,7 @@
 """How errors add up from layer to layer of a coded network."""
 
+from dataclasses import asdict
+
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -11,19 +13,10 @@ from .profiles import Case
 
 
 def seen(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each linear and convolutional layer reads and puts out, in the order of the calls.
+    """What each layer with weights reads and puts out, by its path, in the order of the calls.
 
-    Parameters
-    ----------
-    network : nn.Module
-        Run in evaluation mode, its layers once each.
-    images : Tensor
-        [N, ...], all at once.
-
-    Returns
-    -------
-    dict of str to tuple of Tensor
-        By the layer's path its input and its output, a row for each image.
+    ``images`` [N, ...] go all at once through the network in evaluation mode, whose layers are
+    called once each; input and output have a row for each image.
     """
     found = {}
 
@@ -38,38 +31,22 @@ def seen(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]
 def drift(
     dense: nn.Module, coded: dict[str, nn.Module], images: Tensor, case: Case
 ) -> pd.DataFrame:
-    """How far the coded networks have drifted from the dense one, stage by stage.
+    """How far coded networks, by recipe, have drifted from the dense one, stage by stage.
 
     What a stage gives is what the next layer reads: after activation, pooling and the sum with a
     shortcut, so that an error that is made to cancel one of the shortcut does not count as one. The
-    last stage gives the logits.
-
-    Parameters
-    ----------
-    dense : nn.Module
-        The network as trained.
-    coded : dict of str to nn.Module
-        By recipe the decoded network, of the same architecture.
-    images : Tensor
-        [N, ...], other ones than those that the networks were coded with.
-    case : Case
-        For the columns dataset, model and seed.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed, recipe, layer (the stage ends behind it), knob (its number) and
-        error: the mean squared difference over the variance of the dense network's values.
+    last stage gives the logits. ``images`` [N, ...] are other ones than those that the networks
+    were coded with. Columns: dataset, model, seed, recipe, layer (the stage ends behind it), knob
+    (its number) and error: the mean squared difference over the variance of the dense network's
+    values.
     """
     truth, rows = _stages(dense, images), []
     for recipe, network in coded.items():
         for number, (layer, value) in enumerate(_stages(network, images).items(), 1):
             wanted = truth[layer]
             error = float((value - wanted).square().mean() / wanted.var())
-            rows.append(
-                {"dataset": case.dataset, "model": case.model, "seed": case.seed,
-                 "recipe": recipe, "layer": layer, "knob": number, "error": error}
-            )  # fmt: skip
+            told = {"recipe": recipe, "layer": layer, "knob": number, "error": error}
+            rows.append(asdict(case) | told)
     return pd.DataFrame(rows)
 
 

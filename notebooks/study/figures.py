@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -20,12 +21,13 @@ from .palette import (
     SIGNED,
     contrasting,
     panels,
-    points_lost,
+    points_lost_axis,
     put_ticks,
     style,
     styles,
     ticks,
 )
+from .tables import points_lost
 from .verdicts import FAILS, HOLDS, OPEN, TITLES
 
 HEADLINE = ("lrp", "lrp root", "lrp, pruned", "paper's rule, literal, fine-tuned", "deeplift 100%",
@@ -66,14 +68,9 @@ def curves(
         Axis labels; the column's name by default.
     base : str
         Column of the uncompressed network's ``y``, an accuracy in percent. The y axis then shows
-        the points lost against it, and says so: linear up to one point, where methods are
-        compared, logarithmic beyond.
+        the points lost against it (``palette.points_lost_axis``), and says so.
     log : bool
         Logarithmic x axis.
-
-    Returns
-    -------
-    Figure
     """
     if base:
         table = table.assign(**{y: table[base] - table[y]})
@@ -93,7 +90,7 @@ def curves(
                     color=look["color"],
                 )  # fmt: skip
         if base:
-            points_lost(axis, "y", part.groupby([hue, "knob"])[y].mean())
+            points_lost_axis(axis, "y", part.groupby([hue, "knob"])[y].mean())
         if log:
             axis.set_xscale("log")
             put_ticks(axis.xaxis, ticks(part[x]))
@@ -105,25 +102,13 @@ def curves(
     if table.groupby(["dataset", "model"])["seed"].nunique().max() > 1:
         handles.append(Patch(fc=GREY, alpha=0.25, label="range over seeds"))
         labels.append("range over seeds")
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    figure.legend(handles, labels, loc="outside right upper")
     figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())  # the legend's
     return figure
 
 
 def files(table: pd.DataFrame, recipes: Iterable[str] = ()) -> Figure:
-    """``curves`` of points of test accuracy lost over bytes of the file.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``.
-    recipes : iterable of str
-        Those shown; all by default.
-
-    Returns
-    -------
-    Figure
-    """
+    """``curves`` of points of test accuracy lost over bytes; of some recipes, or of all."""
     chosen = [*recipes] or table["recipe"].unique()
     return curves(
         table[table["recipe"].isin(chosen)], "file_bytes", "test_accuracy",
@@ -134,17 +119,10 @@ def files(table: pd.DataFrame, recipes: Iterable[str] = ()) -> Figure:
 def ladder(table: pd.DataFrame) -> Figure:
     """A row for each recipe: the points lost, mean over seeds as a dot, their range as a line.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``; a panel for each network. With a column ``part``, rows of one part
-        stand together under its name.
-
-    Returns
-    -------
-    Figure
+    A panel for each network. In a table with a column ``part``, rows of one part stand together
+    under its name.
     """
-    table = table.assign(lost=table["base_test_accuracy"] - table["test_accuracy"])
+    table = table.assign(lost=points_lost(table))
     table = table if "part" in table else table.assign(part="")
     rows = table[["part", "recipe"]].drop_duplicates().sort_values("part", kind="stable",
         key=lambda part: part.map({p: i for i, p in enumerate(part.unique())}))  # fmt: skip
@@ -153,10 +131,8 @@ def ladder(table: pd.DataFrame) -> Figure:
     figure, panels = _by_network(table, height=0.3 * (len(rows) + heads.sum()) + 1.4, width=5.2)
     for axis, part in panels:
         for name, lost in part.groupby("recipe", sort=False)["lost"]:
-            colour, row = style(name, 0)["color"], [places[name]] * 2
-            axis.plot([lost.min(), lost.max()], row, color=colour, lw=2, alpha=0.4)
-            axis.plot(lost.mean(), places[name], "o", color=colour, ms=6)
-        lines = points_lost(axis, "x", part["lost"])
+            _dot(axis, lost, places[name], name)
+        lines = points_lost_axis(axis, "x", part["lost"])
         axis.set_yticks([*places.values()], map(readable, places))
         axis.set_ylim(len(rows) + heads.sum() - 0.4, -0.6)
         axis.set(xlabel=f"points of test accuracy lost\n{EVEN}")
@@ -167,30 +143,21 @@ def ladder(table: pd.DataFrame) -> Figure:
         for head, recipe in rows.loc[heads, ["part", "recipe"]].itertuples(index=False):
             axis.text(-0.02, places[recipe] - 1, head, ha="right", va="center", weight="bold",
                       transform=axis.get_yaxis_transform())  # fmt: skip
-    figure.legend(handles=lines, ncols=2, fontsize=9, loc="outside lower center")
+    figure.legend(handles=lines, ncols=2, loc="outside lower center")
     return figure
 
 
 def verdicts(claims: pd.DataFrame) -> Figure:
     """Claims × networks: how many readings of each hold, are open, and fail.
 
-    Parameters
-    ----------
-    claims : DataFrame
-        With columns id, where and verdict, a row for each reading; those of ``TITLES`` are shown.
-
-    Returns
-    -------
-    Figure
-        Each cell is parted by verdict; empty where a network was not asked.
+    Of ``TITLES`` those are shown that ``claims`` (id, where, verdict; a row for each reading) has.
+    Each cell is parted by verdict, and empty where a network was not asked.
     """
     claims = claims[claims["id"].isin(TITLES)]
     claims = claims.assign(where=claims["where"].map(place))
     rows = [name for name in TITLES if name in set(claims["id"])]
     columns = [*claims["where"].unique()]
-    figure, axis = plt.subplots(
-        figsize=(1.5 * len(columns) + 3.8, 0.46 * len(rows) + 1.4), layout="constrained"
-    )
+    figure, axis = plt.subplots(figsize=(1.5 * len(columns) + 3.8, 0.46 * len(rows) + 1.4))
     for (name, where), found in claims.groupby(["id", "where"])["verdict"]:
         left, shares = columns.index(where) + 0.03, found.value_counts()
         for verdict, colour in VERDICTS.items():
@@ -211,7 +178,7 @@ def verdicts(claims: pd.DataFrame) -> Figure:
     axis.grid(False)
     said = {HOLDS: "hold", OPEN: "are open", FAILS: "fail"}
     handles = [Patch(fc=c, ec=GREY, label=said[verdict]) for verdict, c in VERDICTS.items()]
-    figure.legend(handles=handles, title="how many readings of a claim", ncols=3, fontsize=9,
+    figure.legend(handles=handles, title="how many readings of a claim", ncols=3,
                   loc="outside lower center")  # fmt: skip
     return figure
 
@@ -219,31 +186,15 @@ def verdicts(claims: pd.DataFrame) -> Figure:
 def matrix(
     values: pd.DataFrame, title: str = "", low: float = -1, high: float = 1, digits: int = 2
 ) -> Figure:
-    """A labelled matrix with its numbers, such as rank correlations.
+    """A labelled matrix with its numbers, such as rank correlations; cells that are NaN stay empty.
 
-    Parameters
-    ----------
-    values : DataFrame
-        Rows and columns as shown, with the names of what they are; cells that are NaN stay empty.
-    title : str
-        Of the figure.
-    low, high : float
-        Ends of the colour scale.
-    digits : int
-        Decimals.
-
-    Returns
-    -------
-    Figure
+    Rows and columns are shown under their names; ``low`` and ``high`` are the ends of the colours.
     """
     rows, columns = values.shape
-    figure, axis = plt.subplots(
-        figsize=((0.42 + 0.1 * digits) * columns + 2.6, (0.35 + 0.05 * digits) * rows + 1.6),
-        layout="constrained",
-    )
-    image = axis.imshow(
-        values, cmap=SIGNED if low < 0 else "Blues", vmin=low, vmax=high, aspect="auto"
-    )
+    width, height = 0.42 + 0.1 * digits, 0.35 + 0.05 * digits  # of a cell
+    figure, axis = plt.subplots(figsize=(width * columns + 2.6, height * rows + 1.6))
+    colours = SIGNED if low < 0 else "Blues"
+    image = axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values.to_numpy()):
         if not np.isnan(value):
             axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8,
@@ -259,29 +210,21 @@ def matrix(
 def smallest(best: pd.DataFrame) -> Figure:
     """The smallest file of each recipe that loses little: mean and range, smallest on top.
 
-    Parameters
-    ----------
-    best : DataFrame
-        Of ``tables.smallest_files``; recipes that never reached the accuracy are crosses.
-
-    Returns
-    -------
-    Figure
-        A panel for each network.
+    A panel for each network of ``tables.smallest_files``; recipes that never reached the accuracy
+    are crosses.
     """
     figure, panels = _by_network(best, height=0.27 * best["recipe"].nunique() + 1.3, width=5.8)
     for axis, part in panels:
-        groups = part.assign(kB=part["file_bytes"] / 1000).groupby("recipe")
-        sizes = groups["kB"].agg(["mean", "min", "max"]).join(groups["reached"].all())
+        kilobytes = part["file_bytes"] / 1000
+        groups = part.assign(kB=kilobytes).groupby("recipe")
+        sizes = groups.agg(mean=("kB", "mean"), reached=("reached", "all"))
         sizes = sizes.sort_values(["reached", "mean"], ascending=[False, True])
-        for row, (name, mean, low, high, reached) in enumerate(sizes.itertuples()):
-            colour = style(name, 0)["color"]
-            axis.plot([low, high], [row, row], color=colour, lw=2, alpha=0.4)
-            axis.plot(mean, row, "o" if reached else "x", color=colour)
+        for row, (name, reached) in enumerate(sizes["reached"].items()):
+            _dot(axis, kilobytes[part["recipe"] == name], row, name, "o" if reached else "x")
         axis.set_yticks(range(len(sizes)), map(readable, sizes.index), fontsize=8)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="file (kB, logarithmic)")
-        put_ticks(axis.xaxis, ticks(pd.concat([sizes["min"], sizes["max"]])))
+        put_ticks(axis.xaxis, ticks(kilobytes))
     looks = {
         "relevance": ("o", BLUE),
         "other criteria": ("o", RED),
@@ -289,5 +232,12 @@ def smallest(best: pd.DataFrame) -> Figure:
         "not within one point for every seed": ("x", BLACK),
     }
     handles = [plt.Line2D([], [], ls="", marker=m, color=c, label=k) for k, (m, c) in looks.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
+
+
+def _dot(axis: Axes, values: pd.Series, row: int, name: str, marker: str = "o") -> None:
+    """The mean over seeds as a dot and their range as a line, in the colour of a method."""
+    colour = style(name, 0)["color"]
+    axis.plot([values.min(), values.max()], [row, row], color=colour, lw=2, alpha=0.4)
+    axis.plot(values.mean(), row, marker, color=colour)

@@ -36,28 +36,15 @@ Result = tuple[dict, bytes]
 
 @dataclass(frozen=True)
 class Job:
-    """Runs that share what is removed, so that it is computed once.
-
-    Attributes
-    ----------
-    case : Case
-        Names the base network.
-    per_class : int
-        Reference images of each class.
-    variants : tuple of Recipe
-        All of one ``remove`` and ``repair``; those that differ in their quantizer's knob alone
-        also share its preparation.
-    bases : dict of str to float
-        base_val_accuracy and base_test_accuracy, in percent.
-    code : str
-        Digest of the code that the results are to come from.
-    """
+    """Runs that share what is removed, so that it is computed once."""
 
     case: Case
-    per_class: int
+    per_class: int  # reference images
     variants: tuple[Recipe, ...]
-    bases: dict[str, float]
-    code: str
+    """All of one ``remove`` and ``repair``; those that differ in their quantizer's knob alone also
+    share its preparation."""
+    bases: dict[str, float]  # base_val_accuracy and base_test_accuracy, in percent
+    code: str  # digest of the code that the results are to come from
 
 
 def without_knob(recipe: Recipe) -> Recipe:
@@ -96,7 +83,10 @@ def float_bytes(model: nn.Module) -> int:
 
 
 def execute(job: Job, network: bytes, splits: Splits | str) -> list[Result]:
-    """Do all runs of a job.
+    """Do all runs of a job: for each variant its record and its file.
+
+    Accuracies are those of the network read from that file. A RuntimeError says that this worker's
+    code is not the caller's.
 
     Parameters
     ----------
@@ -107,17 +97,6 @@ def execute(job: Job, network: bytes, splits: Splits | str) -> list[Result]:
         their ordered dictionaries into plain ones, which take no hooks.
     splits : dict of str to tuple of Tensor, or str
         Images and labels of all ``SPLITS``, or the name of a data set that this machine can read.
-
-    Returns
-    -------
-    list of tuple of dict and bytes
-        For each variant its record and its file. The accuracies are those of the network read
-        from that file.
-
-    Raises
-    ------
-    RuntimeError
-        This worker's code is not the caller's.
     """
     if job.code != digests.of_code():
         raise RuntimeError("this worker runs other code than the sweep asks for: update it")
@@ -162,19 +141,12 @@ def numbered(place: int, *arguments) -> tuple[int, list[Result]]:
 
 
 def done(jobs: list[Job], networks: dict[Case, bytes]) -> Iterator[tuple[int, list[Result]]]:
-    """Do jobs side by side: place in the list and results, in the order in which they get done.
+    """Do independent jobs side by side: place in the list and results, as they get done.
 
     On the cores of this machine, each of which reads the data once; or, with the environment
     variable ``SCHEDULER=tcp://host:port``, on the workers of that Dask cluster, to which data and
-    networks are sent once (they need this code, and no disk in common). A job whose worker died
-    is done again.
-
-    Parameters
-    ----------
-    jobs : list of Job
-        Independent of each other.
-    networks : dict of Case to bytes
-        Base networks of all of their cases, as for ``execute``.
+    ``networks``, pickled as for ``execute``, are sent once (they need this code, and no disk in
+    common). A job whose worker died is done again.
     """
     left = dict(enumerate(jobs))
     splits: dict[str, Splits | str] = {job.case.dataset: job.case.dataset for job in jobs}

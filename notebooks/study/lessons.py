@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.finetune import evaluate
 from lib.fold import fold_batchnorm
-from lib.masks import apply
+from lib.masks import apply, density
 from lib.moments import hooked
 from lib.relevance import Rule, scored_weights, weight_relevance
 from lib.repair import refit
@@ -19,6 +19,7 @@ from . import names
 from .bases import schedule
 from .data import split
 from .networks import build
+from .tables import points_lost
 from .training import augment_crop_flip, fit
 
 TURNED = {
@@ -38,17 +39,8 @@ ORDERS = ("nearest zero first", "farthest first", "at random")
 def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Weight x gradient of the true classes' logits, summed over images; nothing of LRP is used.
 
-    Parameters
-    ----------
-    model : nn.Module
-        BatchNorm folded already.
-    images, labels : Tensor
-        [N, ...] and [N].
-
-    Returns
-    -------
-    dict of str to Tensor
-        By weight name, shaped like the weight.
+    BatchNorm is folded already; images [N, ...], labels [N]. By weight name, shaped like the
+    weight.
     """
     network = copy.deepcopy(model).eval()
     network(images).gather(1, labels[:, None]).sum().backward()
@@ -56,20 +48,11 @@ def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> d
 
 
 def learning(dataset: str, model: str, seed: int = 0, **changed) -> pd.DataFrame:
-    """Train a network as base networks are, for one cycle, and look at it after each epoch.
+    """Train a network as ``bases.base`` does, for one cycle, and look at it after each epoch.
 
-    Parameters
-    ----------
-    dataset, model, seed
-        As for ``bases.base``.
-    **changed
-        Fields of its ``Schedule`` that differ, such as ``epochs`` and ``lr``.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed, recipe (the split), knob (the epoch; zero before the first) and
-        accuracy (percent).
+    ``changed`` are fields of its ``Schedule`` that differ, such as ``epochs`` and ``lr``. Columns:
+    dataset, model, seed, recipe (the split), knob (the epoch; zero before the first) and accuracy
+    (percent).
     """
     how, rows = replace(schedule(dataset, model), **changed), []
     network = build(model, channels=split(dataset, "train")[0].shape[1], seed=seed)
@@ -94,21 +77,9 @@ def whereabouts(
     What biases take is reckoned without LRP, as bias x gradient of the layers from this one to
     the output; so what neither weights nor biases have is really lost on the way.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A chain of layers with piecewise linear activations.
-    images, labels : Tensor
-        [N, ...] and [N].
-    rule : Rule or str
-        Of the relevance.
-    zero_bias : bool
-        Set all biases to zero first, on a copy.
-
-    Returns
-    -------
-    DataFrame
-        layer (from the input), weights, biases, lost: shares of the logits, in percent.
+    The model is a chain of layers with piecewise linear activations; ``zero_bias`` sets all biases
+    to zero first, on a copy. Columns: layer (from the input), and weights, biases and lost: shares
+    of the logits, in percent.
     """
     chain = copy.deepcopy(fold_batchnorm(model)).double().eval()
     images = images.double()
@@ -133,21 +104,12 @@ def whereabouts(
 
 
 def activity(networks: dict[str, nn.Module], images: Tensor) -> pd.DataFrame:
-    """What the units of each layer do, averaged over images and positions.
+    """What the units of each layer do, averaged over images [N, ...] and positions.
 
-    Parameters
-    ----------
-    networks : dict of str to nn.Module
-        By label; of one architecture, BatchNorm folded.
-    images : Tensor
-        [N, ...].
-
-    Returns
-    -------
-    DataFrame
-        layer, network (the label), mean activation (the positive part of the layer's output),
-        active (% of unit outputs above zero), by images (% of the activations' variance that is
-        between images rather than between units: what tells one image from another).
+    Networks, by label, are of one architecture, BatchNorm folded. Columns: layer, network (the
+    label), mean activation (the positive part of the layer's output), active (% of unit outputs
+    above zero), told by the image (% of the activations' variance that is between images rather
+    than between units).
     """
     rows = []
     for label, network in networks.items():
@@ -163,33 +125,19 @@ def activity(networks: dict[str, nn.Module], images: Tensor) -> pd.DataFrame:
         for layer in layers:
             output = seen[layer]  # [images, units]
             between = output.var(0, unbiased=False).mean() / output.var(unbiased=False)
-            rows.append(
-                {
-                    "layer": called[f"{layer}.weight"],
-                    "network": label,
-                    "mean activation": float(output.mean()),
-                    "active (%)": 100 * float(seen[f"{layer} active"]),
-                    "told by the image (%)": 100 * float(between),
-                }
-            )
+            told = {"layer": called[f"{layer}.weight"], "network": label}
+            told |= {"mean activation": float(output.mean())}
+            told |= {"active (%)": 100 * float(seen[f"{layer} active"])}
+            rows.append(told | {"told by the image (%)": 100 * float(between)})
     return pd.DataFrame(rows)
 
 
 def removed_share(study, shares: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)) -> pd.DataFrame:
     """Accuracy when only some of the weights with relevance <= 0 go, in different orders.
 
-    Parameters
-    ----------
-    study : Study
-        The first of its networks of each kind, except slow ones.
-    shares : tuple of float
-        Of the non-positive weights.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed, recipe (the order; the first also refitted), knob (the share),
-        density (of all weights), test_accuracy and base_test_accuracy (percent).
+    Of the study's networks the first of each kind, except slow ones; ``shares`` of the non-positive
+    weights. Columns: dataset, model, seed, recipe (the order; the first also refitted), knob (the
+    share), density (of all weights), test_accuracy and base_test_accuracy (percent).
     """
     rows = []
     for case in study.cases:
@@ -204,11 +152,9 @@ def removed_share(study, shares: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)) ->
                 pruned = apply(network, masks)
                 if share and order.endswith("refit"):
                     pruned = refit(network, pruned, masks, images)
-                kept = sum(int(mask.sum()) for mask in masks.values())
-                row = asdict(case) | {"recipe": order, "knob": share}
-                row["density"] = kept / sum(mask.numel() for mask in masks.values())
+                row = {"recipe": order, "knob": share, "density": density(masks)}
                 row["test_accuracy"] = evaluate(pruned, *split(case.dataset, "test"))
-                rows.append(row | {"base_test_accuracy": base})
+                rows.append(asdict(case) | row | {"base_test_accuracy": base})
     return pd.DataFrame(rows)
 
 
@@ -228,20 +174,8 @@ def _without(scores: dict[str, Tensor], order: str, share: float) -> dict[str, T
 def settings(folder: Path) -> pd.DataFrame:
     """Runs in which one setting of the method is turned, all from the same network.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the tables ``ablation-*.csv``.
-
-    Returns
-    -------
-    DataFrame
-        As of ``Study.sweep``; recipe is the setting, value what it was set to.
-
-    Raises
-    ------
-    FileNotFoundError
-        A table was not written yet.
+    From the tables ``ablation-*.csv`` of a folder (FileNotFoundError where one was not written
+    yet), as of ``Study.sweep``; recipe is the setting, value what it was set to.
     """
     tables = {name: pd.read_csv(folder / f"ablation-{name}.csv") for name, _ in TURNED.values()}
     parts = []
@@ -254,20 +188,12 @@ def settings(folder: Path) -> pd.DataFrame:
 
 
 def by_value(turned: pd.DataFrame) -> pd.DataFrame:
-    """Of ``settings``: the value of each that loses least and the one that loses most.
+    """Of each of ``settings`` the value that loses least and the one that loses most.
 
-    Parameters
-    ----------
-    turned : DataFrame
-        Of ``settings``.
-
-    Returns
-    -------
-    DataFrame
-        By setting: best, least lost, worst, most lost (points of test accuracy, mean over seeds).
+    By setting: best, least lost, worst, most lost (points of test accuracy, mean over seeds).
     """
-    lost = turned.assign(lost=turned["base_test_accuracy"] - turned["test_accuracy"])
-    means = lost.groupby(["recipe", "value"], sort=False)["lost"].mean().reset_index("value")
+    means = turned.assign(lost=points_lost(turned)).groupby(["recipe", "value"], sort=False)
+    means = means["lost"].mean().reset_index("value")
     ends = means.sort_values("lost").groupby(level=0, sort=False).agg(["first", "last"])
     ends.columns = ["best", "worst", "least lost", "most lost"]
     order = [setting for setting in TURNED if setting in ends.index]

@@ -68,16 +68,8 @@ CIFAR = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship
 def readable(name: str) -> str:
     """What a recipe, criterion, rule, network or data set is called in figures.
 
-    Parameters
-    ----------
-    name : str
-        As in tables, such as ``units by shuffled:root:lrp-epsilon/contrastive``.
-
-    Returns
-    -------
-    str
-        Such as ``units: √ contrastive relevance, dealt out at random``; the name itself where
-        nothing better is known.
+    Of ``units by shuffled:root:lrp-epsilon/contrastive`` it is ``units: √ contrastive relevance,
+    dealt out at random``; the name itself where nothing better is known.
     """
     for known in (WHOLE, CRITERIA):
         if name in known:
@@ -115,18 +107,7 @@ def place(where: str) -> str:
 
 
 def layers(model: nn.Module) -> dict[str, str]:
-    """By weight name what its layer is called: its place, counted from the input, and its kind.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Its scored weights, in order, such as ``0.weight``.
-
-    Returns
-    -------
-    dict of str to str
-        Such as ``1 conv`` and ``4 linear``.
-    """
+    """By weight name the layer's place, counted from the input, and its kind: ``4 linear``."""
     kinds = {2: "linear", 3: "conv", 4: "conv"}
     weights = scored_weights(model)
     return {

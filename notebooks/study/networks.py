@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .paths import check_known
+
 
 def lenet300(classes: int, channels: int) -> nn.Module:
     """LeNet-300-100 for 28x28 images (LeCun et al. 1998): 266,200 weights at one channel."""
@@ -92,18 +94,10 @@ def vgg16(classes: int, channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """One architecture.
+    """One architecture."""
 
-    Attributes
-    ----------
-    make : callable
-        (classes, channels) -> nn.Module.
-    channels : int
-        Of the images that it is known for.
-    """
-
-    make: Callable[[int, int], nn.Module]
-    channels: int
+    make: Callable[[int, int], nn.Module]  # (classes, channels) -> network
+    channels: int  # of the images that it is known for
 
 
 NETWORKS: dict[str, Network] = {
@@ -116,32 +110,13 @@ NETWORKS: dict[str, Network] = {
 
 
 def build(name: str, *, classes: int = 10, channels: int | None = None, seed: int = 0) -> nn.Module:
-    """Make a network with freshly drawn weights.
+    """Make one of ``NETWORKS`` with freshly drawn weights: in training mode, on the CPU, float32.
 
-    Parameters
-    ----------
-    name : str
-        A key of ``NETWORKS``.
-    classes : int
-        Number of outputs.
-    channels : int, optional
-        Channels of the input images; by default those of the data the network is known for.
-    seed : int
-        Of the initial weights (He et al. 2015 for convolutions); the caller's generator is left
-        as it was.
-
-    Returns
-    -------
-    nn.Module
-        In training mode, on the CPU, float32.
-
-    Raises
-    ------
-    ValueError
-        Unknown name; the message lists the known ones.
+    Images have by default the channels of the data that the network is known for. The seed is of
+    the initial weights (He et al. 2015 for convolutions); the caller's generator is left as it was.
+    A ValueError lists the known names.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(NETWORKS)}")
+    check_known("model", name, NETWORKS)
     network = NETWORKS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -21,7 +21,9 @@ plt.rcParams.update(
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
         "font.size": 10,
+        "figure.constrained_layout.use": True,
         "figure.dpi": 100,
+        "legend.fontsize": 9,
         "legend.frameon": False,
         "svg.hashsalt": "xai-compression",
     }
@@ -63,9 +65,8 @@ def panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure,
     """Axes side by side, in two rows where one would be too wide to be read on a page."""
     rows = 1 if count * width <= 16 else 2
     columns = -(-count // rows)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat[:count])
@@ -96,21 +97,17 @@ EVEN = "(even to 1, then logarithmic)"
 """What the label of an axis of points lost has to say."""
 
 
-def points_lost(axes: Axes, which: str, values: pd.Series) -> list[Line2D]:
+def points_lost_axis(axes: Axes, which: str, values: pd.Series) -> list[Line2D]:
     """Make ``x`` or ``y`` an axis of points lost against the uncompressed network.
 
     It is linear up to one point, where methods are compared, and logarithmic beyond; fewer points
     lost are higher. Gives the lines at zero and at one point, with their labels.
     """
-    across = axes.axvline if which == "x" else axes.axhline
+    across = {"x": axes.axvline, "y": axes.axhline}[which]
     lines = [across(0, color="black", lw=0.8, ls=":", label="uncompressed"),
              across(1, color="black", lw=0.8, label="one point lost")]  # fmt: skip
     ends = min(-0.3, values.min() - 0.1), max(1.5, 1.3 * values.max())
-    if which == "x":
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(*ends)
-    else:
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(*ends[::-1])
-    put_ticks(axes.xaxis if which == "x" else axes.yaxis, [-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    getattr(axes, f"set_{which}scale")("symlog", linthresh=1)
+    axes.set(**{f"{which}lim": ends if which == "x" else ends[::-1]})
+    put_ticks(getattr(axes, f"{which}axis"), [-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
     return lines

@@ -1,6 +1,7 @@
 """Where things are: light to import, for commands that only look what is up to date."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,3 +20,9 @@ def results(name: str) -> Path:
 def figures(name: str) -> Path:
     """Folder of a profile's figures, in ``FIGURES_ROOT`` or the checkout's."""
     return Path(os.environ.get("FIGURES_ROOT", ROOT / "figures")) / name
+
+
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raise a ValueError that lists the known names, unless the name is one of them."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")

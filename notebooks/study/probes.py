@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, SpecialFirstLayerMapComposite
@@ -20,53 +19,11 @@ from lib.score import criterion
 from .data import sample, split
 
 
-def conservation(model: nn.Module, images: Tensor, labels: Tensor, zero_bias: bool) -> pd.DataFrame:
-    """Relevance of all weights of each layer, as a share of the logits sent back.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A chain of layers (with branches, a layer sees a part of the relevance only).
-    images, labels : Tensor
-        Reference images [N, ...] and labels [N].
-    zero_bias : bool
-        Set all biases to zero first, on a copy, BatchNorm folded.
-
-    Returns
-    -------
-    DataFrame
-        layer, share, biases; float64 inside.
-    """
-    chain = copy.deepcopy(fold_batchnorm(model)).double()
-    if zero_bias:
-        for name, parameter in chain.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-    with torch.no_grad():
-        logits = chain(images.double())[torch.arange(len(labels)), labels].sum()
-    scores = weight_relevance(chain, images.double(), labels)
-    label = "set to zero" if zero_bias else "as trained"
-    return pd.DataFrame(
-        [{"layer": k, "share": float(s.sum() / logits), "biases": label} for k, s in scores.items()]
-    )
-
-
 def against_zennit(model: nn.Module, images: Tensor, labels: Tensor, rule: Rule | str) -> float:
     """Largest difference of input relevance from zennit's, relative to its largest value.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A network whose activations and sums are modules.
-    images, labels : Tensor
-        [N, ...] and [N].
-    rule : Rule or str
-        ``Rule("epsilon", epsilon=...)`` or ``"epsilon-plus"``.
-
-    Returns
-    -------
-    float
-        Relative maximum difference, computed in float64.
+    The rule is ``Rule("epsilon", epsilon=...)`` or ``"epsilon-plus"``; the network's activations
+    and sums are modules; images [N, ...] and labels [N]. Computed in float64.
     """
     network, images = copy.deepcopy(fold_batchnorm(model)).double(), images.double()
     ours = input_relevance(network, images, labels, rule=rule)
@@ -89,25 +46,10 @@ def references_needed(
 ) -> pd.DataFrame:
     """Rank correlation of scores from few reference images with those from many.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    train : tuple of Tensor
-        Images and labels to draw from.
-    counts : list of int
-        Images of each class, ascending; the last is what the others are compared with, on images
-        that no draw holds.
-    case : Case
-        For the columns dataset and model.
-    draws : int
-        Independent draws of the reference images.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, seed (draw), knob and "images per class" (the count), scores (the
-        aggregate), rank correlation.
+    ``train`` holds the images and labels to draw from, ``counts`` ascending numbers of images of
+    each class, of which the last is what the others are compared with, on images that no draw
+    holds. Columns: dataset, model, seed (the draw), knob and "images per class" (the count), scores
+    (the aggregate), rank correlation.
     """
     rows = []
     for aggregate in ("sum", "abs", "rms"):
@@ -119,53 +61,23 @@ def references_needed(
         for draw in range(draws):
             for count in counts[:-1]:
                 correlation = rank_correlation([score(count, draw), full])[0, 1]
-                rows.append(
-                    {
-                        "dataset": case.dataset,
-                        "model": case.model,
-                        "seed": draw,
-                        "knob": count,
-                        "images per class": count,
-                        "scores": aggregate,
-                        "rank correlation": correlation,
-                    }
-                )
-    return pd.DataFrame(rows)
+                rows.append((case.dataset, case.model, draw, count, count, aggregate, correlation))
+    names = ["dataset", "model", "seed", "knob", "images per class", "scores", "rank correlation"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def rank_correlation(scores: list[dict[str, Tensor]]) -> np.ndarray:
-    """Spearman's correlations between scores of the same weights; equal scores share their rank.
-
-    Parameters
-    ----------
-    scores : list of dict of str to Tensor
-        K score dictionaries with the same names and shapes.
-
-    Returns
-    -------
-    ndarray
-        float64 [K, K].
-    """
-    flat = [torch.cat([value.flatten() for value in score.values()]) for score in scores]
-    columns = torch.stack(flat).numpy()
-    found = stats.spearmanr(columns, axis=1).statistic
-    # of two, scipy gives the one number that is not on the diagonal
-    return found if np.ndim(found) else np.array([[1.0, found], [found, 1.0]])
+    """Spearman's correlations [K, K] of K scores of the same weights; ties share their rank."""
+    columns = [torch.cat([value.flatten() for value in score.values()]) for score in scores]
+    return pd.DataFrame(torch.stack(columns, 1).numpy()).corr("spearman").to_numpy()
 
 
 def sign_agreement(study) -> pd.DataFrame:
     """How far the sign of a score is the sign of its weight, and how many scores are <= 0.
 
-    Parameters
-    ----------
-    study : Study
-        Its cases are scored at its reference images.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, start, share of scores <= 0, share of negative weights with score <= 0
-        and of positive weights with score > 0 (all in percent, means over seeds).
+    Cases are scored at the study's reference images. Columns: dataset, model, start, and in
+    percent, means over seeds, the share of scores <= 0, of negative weights with score <= 0 and of
+    positive weights with score > 0.
     """
     rows = []
     for case in study.cases:
@@ -175,16 +87,13 @@ def sign_agreement(study) -> pd.DataFrame:
             scores = weight_relevance(model, *study.references(case), start=start)
             score = torch.cat([s.flatten() for s in scores.values()])
             weight = torch.cat([folded.get_parameter(name).flatten() for name in scores])
-            rows.append(
-                {
-                    "dataset": case.dataset,
-                    "model": case.model,
-                    "start": start,
-                    "score <= 0": _percent(score <= 0),
-                    "of negative weights, score <= 0": _percent(score[weight < 0] <= 0),
-                    "of positive weights, score > 0": _percent(score[weight > 0] > 0),
-                }
-            )
+            found = {
+                "score <= 0": score <= 0,
+                "of negative weights, score <= 0": score[weight < 0] <= 0,
+                "of positive weights, score > 0": score[weight > 0] > 0,
+            }
+            shares = {what: 100 * float(each.float().mean()) for what, each in found.items()}
+            rows.append({"dataset": case.dataset, "model": case.model, "start": start} | shares)
     return _over_seeds(rows, ["dataset", "model", "start"])
 
 
@@ -194,24 +103,11 @@ def harm_foretold(study, criteria: list[str], bits: int = 3, groups: int = 4) ->
     The units of each layer are ordered by the first criterion and cut into groups. The incoming
     weights of one group at a time are rounded; that changes the network's predictions.
 
-    Parameters
-    ----------
-    study : Study
-        Its cases are weighed at its reference images and tried on other ones.
-    criteria : list of str
-        Names of criteria; see ``lib.score.Criterion.units``.
-    bits : int
-        To which the group is rounded, by ``lib.quantize.uniform``.
-    groups : int
-        In each layer, of about as many units each.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, groups (in all layers), and for each criterion Spearman's correlation, over
-        the groups, of the damage that rate-distortion reckons with (``lib.quantize.energy`` of the
-        rounding error) and the Kullback-Leibler divergence of the predictions on 20 images of
-        each class of the validation split (means over seeds).
+    Cases are weighed at the study's reference images and tried on 20 images of each class of the
+    validation split. Columns: dataset, model, groups (in all layers), and for each criterion
+    (``lib.score.Criterion.units``) Spearman's correlation, over the groups, mean over seeds, of the
+    damage that rate-distortion reckons with (``lib.quantize.energy`` of the rounding error) and the
+    Kullback-Leibler divergence of the predictions.
     """
     rows = []
     for case in study.cases:
@@ -246,7 +142,3 @@ def _log_predictions(network: nn.Module, images: Tensor) -> Tensor:
 
 def _over_seeds(rows: list[dict], by: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(by, sort=False, as_index=False).mean()
-
-
-def _percent(found: Tensor) -> float:
-    return 100 * float(found.float().mean())

@@ -4,47 +4,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from .paths import check_known
+
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is run.
-
-    Attributes
-    ----------
-    networks : dict of str to dict of str to tuple of int
-        By data set and model the seeds, each of which trains and compresses its own network.
-    per_class : int
-        Reference images of each class, from the training split.
-    finetune : int
-        Steps, for every recipe that fine-tunes.
-    training : int
-        Steps, for every quantizer that trains.
-    knobs : dict of str to tuple of float
-        For each quantizer (a value of ``records.STORES``), the settings of its knob that make a
-        curve.
-    special : dict of str to dict of str to tuple of float
-        By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
-    kept : dict of str to tuple of float
-        By model shares of weights kept, for comparing criteria; "" stands for all others.
-    optimisers : dict of str to str
-        By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
-        validation split.
-    slow : tuple of str
-        Models that ablations leave out, since they take hours there.
-    untrained : tuple of str
-        Patterns of cases that quantizers which train leave out: without a GPU they take hours.
-    """
+    """How much is run."""
 
     networks: dict[str, dict[str, tuple[int, ...]]]
-    per_class: int
-    finetune: int
-    training: int
+    """By data set and model the seeds, each of which trains and compresses its own network."""
+    per_class: int  # reference images of each class, from the training split
+    finetune: int  # steps, for every recipe that fine-tunes
+    training: int  # steps, for every quantizer that trains
     knobs: dict[str, tuple[float, ...]]
+    """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve."""
     special: dict[str, dict[str, tuple[float, ...]]]
+    """By model the knobs that differ: where a curve bends elsewhere, or a run takes long."""
     kept: dict[str, tuple[float, ...]]
+    """By model shares of weights kept, for comparing criteria; "" stands for all others."""
     optimisers: dict[str, str] = field(default_factory=dict)
-    slow: tuple[str, ...] = ()
+    """By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
+    validation split."""
+    slow: tuple[str, ...] = ()  # models that ablations leave out, since they take hours there
     untrained: tuple[str, ...] = ()
+    """Patterns of cases that quantizers which train leave out: without a GPU they take hours."""
 
     def trained(self, case: "Case") -> bool:
         """Whether quantizers that train are tried on a case."""
@@ -130,43 +113,20 @@ class Case:
 def folder_name(profile: str, seed: int = 0, per_class: int = 0) -> str:
     """Name of the folders of results and figures.
 
-    Parameters
-    ----------
-    profile : str
-        A key of ``PROFILES``.
-    seed : int
-        Other seeds than the profile's write to folders of their own, ``<profile>-seed<seed>``.
-    per_class : int
-        So do other numbers of reference images; zero stands for the profile's.
-
-    Raises
-    ------
-    ValueError
-        Unknown profile; the message lists the known ones.
+    Other seeds and other numbers of reference images than the profile's (for which zero stands)
+    have folders of their own: ``<profile>-seed<seed>-images<per_class>``. A ValueError lists the
+    known profiles.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    check_known("profile", profile, PROFILES)
     own = per_class in (0, PROFILES[profile].per_class)
     return profile + (f"-seed{seed}" if seed else "") + ("" if own else f"-images{per_class}")
 
 
 def cases(profile: Profile, datasets: str = "", seed: int = 0) -> list[Case]:
-    """The base networks of a profile.
+    """The base networks of a profile, ``seed`` added to its seeds.
 
-    Parameters
-    ----------
-    profile : Profile
-        Its own data sets, unless others are named.
-    datasets : str
-        Comma-separated names, such as ``mnist`` or, for one network only,
-        ``cifar10-jpeg/resnet20``.
-    seed : int
-        Added to the profile's seeds.
-
-    Raises
-    ------
-    ValueError
-        Unknown data set or network; the message lists the known ones.
+    ``datasets`` are comma-separated names that replace the profile's own, such as ``mnist`` or, for
+    one network only, ``cifar10-jpeg/resnet20``. A ValueError lists the known ones.
     """
     chosen = datasets.split(",") if datasets else profile.networks
     return [
@@ -182,17 +142,16 @@ def _networks(profile: Profile, dataset: str, model: str = "") -> dict[str, tupl
     from .bases import SCHEDULES  # here, since to look up a profile needs no torch
     from .data import DATASETS, kind
 
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
+    check_known("data set", dataset, DATASETS)
     trained = {name: (0,) for data, name in SCHEDULES if data == kind(dataset)}
     networks = trained
-    for known in (*PROFILES.values(), profile):
-        for name, models in known.networks.items():
+    for each in (*PROFILES.values(), profile):
+        for name, models in each.networks.items():
             if kind(name) == kind(dataset):
                 networks = models
     if not model:
         return networks
-    if model not in trained | networks:
-        known_names = ", ".join(trained | networks)
-        raise ValueError(f"unknown network {model!r} of {dataset}; known: {known_names}")
-    return {model: (trained | networks)[model]}
+    known = trained | networks
+    if model not in known:
+        raise ValueError(f"unknown network {model!r} of {dataset}; known: {', '.join(known)}")
+    return {model: known[model]}

@@ -13,7 +13,7 @@ from .paths import ROOT
 from .profiles import PROFILES
 from .records import cost, read_claims, write
 from .tables import NETWORK, text
-from .verdicts import FAILS, HOLDS, OPEN, TITLES, overview
+from .verdicts import FAILS, HOLDS, OPEN, TITLES, held, key, overview
 
 README, ARTIFACT = ROOT / "README.md", ROOT / "ARTIFACT.md"
 
@@ -28,10 +28,10 @@ def markdown(table: pd.DataFrame) -> str:
 def claims_text(results: Path) -> str:
     """All claims of a profile, reading by reading: the content of its ``CLAIMS.md``."""
     claims = read_claims(results)
-    counts = {v: sum(c["verdict"] == v for c in claims) for v in (HOLDS, OPEN, FAILS)}
+    counts = Counter(claim["verdict"] for claim in claims)
     return (
         f"# Claims, reading by reading: profile {results.name}\n\n"
-        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts['fails']} "
+        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts[FAILS]} "
         "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
         "over seeds contains the threshold, and more seeds could decide either way, or curves have "
         "too few losses in common. A claim of one seed is decided by its value. Written from "
@@ -47,18 +47,17 @@ def claims_table(claims: list[dict]) -> str:
     networks = list(dict.fromkeys(c["where"] for c in claims if c["id"] == "B1"))
     rows: dict[tuple[str, str, str], dict[str, dict]] = {}
     for claim in claims:
-        network = re.sub(r"-s\d+$", "", claim["where"])
-        elsewhere = "" if network in networks else f" ({network})"
-        key = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
-        cells = rows.setdefault(key, {})
-        column = networks[0] if elsewhere else network
+        where = re.sub(r"-s\d+$", "", claim["where"])
+        elsewhere = "" if where in networks else f" ({where})"
+        row = (claim["id"], claim["claim"] + elsewhere, f"`{claim['notebook'][:2]}`")
+        cells, column = rows.setdefault(row, {}), networks[0] if elsewhere else where
         if column in cells:
-            raise ValueError(f"two results of {key} for {column}")
+            raise ValueError(f"two results of {row} for {column}")
         cells[column] = claim
     lines = []
     for (identifier, sentence, notebook), found in rows.items():
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
-        cells = [_result(found.get(network), len(goals) > 1) for network in networks]
+        cells = [_result(found.get(where), len(goals) > 1) for where in networks]
         lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
     head = ["", "claim", "expected", *networks, "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
@@ -80,41 +79,31 @@ def write_claims(results: Path) -> None:
 
 def changed(claims: list[dict], committed: list[dict]) -> list[str]:
     """Claims whose verdict is not the committed one: with both, and what was measured for each."""
-    before = {_key(claim): claim for claim in committed}
+    before = {key(claim): claim for claim in committed}
     return [
         f"{now['id']} {now['where']}, {now['claim']}: "
         f"{then['verdict']} ({then['ours']}) -> {now['verdict']} ({now['ours']})"
         for now in claims
-        if (then := before.get(_key(now), now))["verdict"] != now["verdict"]
+        if (then := before.get(key(now), now))["verdict"] != now["verdict"]
     ]
 
 
 def closing(study, claims: list[dict], committed: list[dict]) -> str:
-    """What a reviewer asks when all has run, in at most twelve lines.
+    """What a reviewer asks when a study has run, in at most twelve lines.
 
-    Parameters
-    ----------
-    study : Study
-        That has run.
-    claims, committed : list of dict
-        Its claims, and those of the last commit.
-
-    Returns
-    -------
-    str
-        Which claims hold, are open and fail; how many differ from the committed ones; where
-        figures, tables and executed notebooks are; what was not run.
+    Which of its claims hold, are open and fail; how many differ from the ``committed`` ones; where
+    figures, tables and executed notebooks are; what was not run.
     """
     asked = Counter(claim["id"] for claim in claims)
-    held = sum(claim["verdict"] == HOLDS for claim in claims)
-    lines = [f"profile {study.name!r}: {held} of {len(claims)} claims hold"]
+    verdicts = pd.Series([claim["verdict"] for claim in claims], dtype=object)
+    lines = [f"profile {study.name!r}: {held(verdicts)} claims hold"]
     for verdict in (HOLDS, OPEN, FAILS):
         found = Counter(claim["id"] for claim in claims if claim["verdict"] == verdict)
         counts = (f"{i} {found[i]} of {asked[i]}" for i in asked if found[i])
         lines.append(f"  {verdict}: {', '.join(counts) or 'none'}")
     if committed:
-        known = {_key(claim) for claim in committed}
-        new = sum(_key(claim) not in known for claim in claims)
+        known = {key(claim) for claim in committed}
+        new = sum(key(claim) not in known for claim in claims)
         count = len(changed(claims, committed))
         said = f"{count} verdicts differ from the committed ones (git HEAD)"
         lines.append(said + ", listed above" * (count > 0) + f"; {new} claims are new" * (new > 0))
@@ -145,10 +134,6 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
     return left or ["nothing"]
 
 
-def _key(claim: dict) -> tuple[str, ...]:
-    return tuple(claim[name] for name in ("notebook", "id", "where", "claim"))
-
-
 def verdicts_table(results: Path) -> str:
     """How many readings of each claim hold, a column for each network."""
     table = overview(pd.DataFrame(read_claims(results)))
@@ -165,31 +150,31 @@ def files_table(results: Path) -> str:
         more = pd.read_csv(path)
         in_order = more["recipe"].str.endswith("sequential") & (more["max_drop"] == 1)
         table = pd.concat([table, more[in_order]])
-    recipes = list(dict.fromkeys(table["recipe"]))
+    recipes = table["recipe"].unique()
     columns = {"": ["base network", *recipes]}
     for (dataset, model), part in table.groupby(NETWORK, sort=False):
         floats = (part["ratio"] * part["file_bytes"]).mean() / 1000
         seeds = part["seed"].nunique()
-        column = columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = []
         base = text(part.groupby("seed")["base_test_accuracy"].first(), 2, " %")
-        column.append(f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}")
-        for recipe in recipes:
-            rows = part[part["recipe"] == recipe]
-            if rows.empty:
-                column.append("–")
-                continue
-            size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
-            mark = "" if rows["reached"].all() else " †"
-            column.append(f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}")
+        float32 = f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}"
+        told = {recipe: _file(rows) for recipe, rows in part.groupby("recipe")}
+        column = [float32, *(told.get(recipe, "–") for recipe in recipes)]
+        columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = column
     return markdown(pd.DataFrame(columns))
+
+
+def _file(rows: pd.DataFrame) -> str:
+    """Size and accuracy of a recipe's files, marked where some seed loses more."""
+    size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
+    mark = "" if rows["reached"].all() else " †"
+    return f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}"
 
 
 def _stored(results: Path, dataset: str, model: str) -> str:
     """That a base network is itself kept in few bits, and its size, from ``bases.csv``."""
     path = results / "bases.csv"
-    bases = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["stored bits"])
-    for row in bases[bases.get("stored bits", pd.Series(dtype=int)) < 32].to_dict("records"):
-        if (row["dataset"], row["model"]) == (dataset, model):
+    for row in pd.read_csv(path).to_dict("records") if path.exists() else []:
+        if (row["dataset"], row["model"]) == (dataset, model) and row.get("stored bits", 32) < 32:
             return f" (kept in {row['stored bits']} bits: {row['stored bytes'] / 1000:,.0f} kB)"
     return ""
 
@@ -197,32 +182,27 @@ def _stored(results: Path, dataset: str, model: str) -> str:
 def cost_table(results: Path) -> str:
     """What the runs took, from their records."""
     table = cost(results / "runs")
-    columns = {
-        "network": table["dataset"] + "-" + table["model"],
-        **table[["seeds", "runs"]],
-        "core hours": table["core hours"].map("{:.1f}".format),
-        "processor": table["processor"],
-    }
-    return markdown(pd.DataFrame(columns))
+    table.insert(0, "network", table["dataset"] + "-" + table["model"])
+    table["core hours"] = table["core hours"].map("{:.1f}".format)
+    return markdown(table[["network", "seeds", "runs", "core hours", "processor"]])
 
 
 def expected_table(results: Path) -> str:
     """By claim the notebook that tests it, and its verdicts in the quick profile and in this."""
-    counts: dict[tuple[str, str], dict[str, Counter]] = {}
     profiles = list(dict.fromkeys(["quick", results.name]))
-    for profile in profiles:
-        for claim in read_claims(results.parent / profile):
-            if claim["id"] in TITLES:
-                row = counts.setdefault((claim["id"], claim["notebook"]), {})
-                row.setdefault(profile, Counter())[claim["verdict"]] += 1
-    lines = []
-    for (identifier, notebook), found in counts.items():
-        said = [
-            ", ".join(f"{n[v]} {v.removesuffix('s')}" for v in (HOLDS, OPEN, FAILS) if n[v])
-            for n in (found.get(profile, Counter()) for profile in profiles)
-        ]
-        lines.append([f"{identifier}: {TITLES[identifier]}", f"`{notebook}`", *said])
-    return markdown(pd.DataFrame(lines, columns=["claim", "notebook", *profiles]))
+    rows = [c | {"profile": p} for p in profiles for c in read_claims(results.parent / p)]
+    claims = pd.DataFrame([row for row in rows if row["id"] in TITLES])
+    groups = claims.groupby(["id", "notebook", "profile"], sort=False)["verdict"]
+    said = groups.agg(
+        lambda found: ", ".join(
+            f"{count} {verdict.removesuffix('s')}"
+            for verdict in (HOLDS, OPEN, FAILS)
+            if (count := (found == verdict).sum())
+        )
+    )
+    table = said.unstack(fill_value="", sort=False)[profiles].reset_index()
+    table.insert(0, "claim", table["id"] + ": " + table.pop("id").map(TITLES))
+    return markdown(table.assign(notebook="`" + table["notebook"] + "`"))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -235,19 +215,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def filled(text: str, root: Path = ROOT) -> str:
-    """The README's text with every block between markers written anew.
+    """A text with every block between ``<!-- KIND: FOLDER -->`` and ``<!-- end -->`` written anew.
 
-    Parameters
-    ----------
-    text : str
-        Holds ``<!-- KIND: FOLDER -->`` with a key of ``TABLES`` and a folder of ``results/``, then
-        ``<!-- end -->``.
-    root : Path
-        Folder of ``results/``.
-
-    Returns
-    -------
-    str
+    KIND is a key of ``TABLES``, FOLDER one of ``results/`` in ``root``.
     """
 
     def block(match: re.Match) -> str:

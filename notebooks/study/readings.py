@@ -1,6 +1,7 @@
 """Readings: from tables of runs, as of ``Study.sweep``, to claims about each network.
 
-Choices are made on the validation split; the numbers are those of the test split.
+Choices are made on the validation split; the numbers are those of the test split. Each function
+gives a claim for each network, and for each sentence where it is handed several.
 """
 
 import operator
@@ -8,8 +9,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .bdrate import bd_rates, bd_text, bd_verdict, differences
-from .tables import NETWORK, smallest_files, text
+from .bdrate import bd_rates, bd_text, bd_verdict
+from .tables import each_network, points_lost, smallest, smallest_files, text
 from .verdicts import Claim, all_of, judge
 
 
@@ -19,137 +20,59 @@ def seeds_of(part: pd.DataFrame) -> tuple[int, ...]:
 
 
 def removal_claims(removal: pd.DataFrame, recipe: str, reading: str) -> list[Claim]:
-    """C4: the share of weights with score <= 0 and the accuracy after removing them.
+    """C4: the share of weights that a recipe removes, and the points that it loses.
 
-    Parameters
-    ----------
-    removal : DataFrame
-        Of ``Study.sweep``.
-    recipe : str
-        Name in the column ``recipe``.
-    reading : str
-        What the recipe does, in words.
-
-    Returns
-    -------
-    list of Claim
-        One for each network; it holds where at most one point of test accuracy is lost.
+    ``reading`` says in words what the recipe does. The claim holds where at most one point of test
+    accuracy is lost.
     """
+    sentence, goal = f"weights with score <= 0 can go ({reading})", "negligible loss (<= 1.0 point)"
     claims = []
-    for (dataset, model), part in removal[removal["recipe"] == recipe].groupby(NETWORK, sort=False):
-        lost = part["base_test_accuracy"] - part["test_accuracy"]
-        removed = text(100 * (1 - part["density"]), 0, " % removed")
-        claims.append(
-            Claim(
-                "C4",
-                f"weights with score <= 0 can go ({reading})",
-                f"{dataset}-{model}",
-                "negligible loss (<= 1.0 point)",
-                f"{removed}, {text(lost, 2, ' points lost')}",
-                judge(lost, 1, operator.le),
-                seeds_of(part),
-            )
-        )
+    for where, part in each_network(removal[removal["recipe"] == recipe]):
+        lost, share = points_lost(part), 100 * (1 - part["density"])
+        said = f"{text(share, 0, ' % removed')}, {text(lost, 2, ' points lost')}"
+        verdict = judge(lost, 1, operator.le)
+        claims.append(Claim("C4", sentence, where, goal, said, verdict, seeds_of(part)))
     return claims
 
 
-def sign_claims(removal: pd.DataFrame, ours: str, reversed_: str, reading: str) -> list[Claim]:
-    """C4s: the sign of the score matters, so that removing the opposite half does more harm.
-
-    Parameters
-    ----------
-    removal : DataFrame
-        Of ``Study.sweep``.
-    ours, reversed_ : str
-        The recipe, and the same with reversed scores.
-    reading : str
-        What the recipe does, in words.
-
-    Returns
-    -------
-    list of Claim
-        One for each network; it holds where reversed scores lose at least one point more.
-    """
-    sentence = f"removing positive scores instead does more harm ({reading})"
-    return _point_worse(removal, ours, {sentence: reversed_}, "C4s", ">= 1.0 point worse")
-
-
-def ablation_claims(table: pd.DataFrame, full: str, without: dict[str, str]) -> list[Claim]:
-    """A1: what a reading of the rule loses when one of its ingredients is left out.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``.
-    full : str
-        The recipe with all ingredients.
-    without : dict of str to str
-        By ingredient, the recipe that lacks it.
-
-    Returns
-    -------
-    list of Claim
-        One for each network and ingredient; it holds where at least one point more is lost.
-    """
-    rivals = {f"the reading that works needs {what}": recipe for what, recipe in without.items()}
-    return _point_worse(table, full, rivals, "A1", ">= 1.0 point worse without")
-
-
-def _point_worse(
-    table: pd.DataFrame, ours: str, rivals: dict[str, str], identifier: str, expected: str
+def worse_claims(
+    table: pd.DataFrame, identifier: str, expected: str, ours: str, rivals: dict[str, str]
 ) -> list[Claim]:
-    """A claim for each network and sentence, that its rival is at least a point less accurate."""
+    """C4s and A1: a recipe is at least a point of test accuracy better than its rivals.
+
+    ``rivals`` names, by the sentence that is claimed, the recipe that is to be worse.
+    """
     claims = []
-    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+    for where, part in each_network(table):
         by_seed = part.pivot(index="seed", columns="recipe", values="test_accuracy")
         for sentence, rival in rivals.items():
             worse = by_seed[ours] - by_seed[rival]
-            said, where = text(worse, 2, " points worse"), f"{dataset}-{model}"
-            verdict = judge(worse, 1)
+            said, seeds = text(worse, 2, " points worse"), seeds_of(part)
             claims.append(
-                Claim(identifier, sentence, where, expected, said, verdict, seeds_of(part))
+                Claim(identifier, sentence, where, expected, said, judge(worse, 1), seeds)
             )
     return claims
 
 
 def precision_claims(table: pd.DataFrame, ours: str, others: list[str], way: str) -> list[Claim]:
-    """C5: at equal accuracy, allocation by score needs a smaller file than its controls.
+    """C5: at equal accuracy, the recipe that allocates by score needs a smaller file than controls.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``, with all settings of the recipes' knobs.
-    ours : str
-        The recipe that allocates by score.
-    others : list of str
-        Its controls.
-    way : str
-        The way of allocating, in words.
-
-    Returns
-    -------
-    list of Claim
-        One for each network that has ours, decided by BD-rate against the controls that it has.
+    ``way`` says in words how it allocates. Networks without ours are left out; the others are
+    decided by BD-rate against those controls that they have, all settings of the knobs together.
     """
+    sentence = f"more bits for higher scores make the smallest file ({way})"
     claims = []
-    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+    for where, part in each_network(table):
         sizes = _sizes(part)
         rivals = [name for name in others if name in sizes]
         if ours not in sizes or not rivals:
             continue
-        found = {name: differences(bd_rates(part, [(ours, name)])) for name in rivals}
-        said = [f"{name} {bd_text(each)} ({sizes[name]})" for name, each in found.items()]
-        claims.append(
-            Claim(
-                "C5",
-                f"more bits for higher scores make the smallest file ({way})",
-                f"{dataset}-{model}",
-                "BD-rate < 0 % against each control",
-                f"{sizes[ours]} within 1 point; against " + "; ".join(said),
-                all_of(bd_verdict(each) for each in found.values()),
-                seeds_of(part[part["recipe"] == ours]),
-            )
-        )
+        found = {name: bd_rates(part, [(ours, name)]) for name in rivals}
+        against = [f"{name} {bd_text(rates)} ({sizes[name]})" for name, rates in found.items()]
+        said = f"{sizes[ours]} within 1 point; against " + "; ".join(against)
+        verdict = all_of(map(bd_verdict, found.values()))
+        goal, seeds = "BD-rate < 0 % against each control", seeds_of(part[part["recipe"] == ours])
+        claims.append(Claim("C5", sentence, where, goal, said, verdict, seeds))
     return claims
 
 
@@ -159,42 +82,22 @@ def size_claims(
     pairs: dict[str, tuple[str, str]],
     wanted: Callable[[float, float], bool] = operator.le,
 ) -> list[Claim]:
-    """C6, C7, L1: one recipe's files against another's at equal accuracy.
+    """C6, C7, L1: one recipe's files against another's at equal accuracy, decided by BD-rate.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``, with all settings of the recipes' knobs.
-    identifier : str
-        Such as ``C6``.
-    pairs : dict of str to tuple of str
-        By sentence the recipe that it is about and the other one; networks that lack one are
-        left out.
-    wanted : callable
-        ``operator.le`` for no larger, ``operator.lt`` for smaller.
-
-    Returns
-    -------
-    list of Claim
-        One for each network and pair, decided by BD-rate.
+    ``pairs`` names, by sentence, the recipe that it is about and the other one; networks that lack
+    one are left out. ``wanted`` is ``operator.le`` for no larger, ``operator.lt`` for smaller.
     """
-    claims, goal = [], "<" if wanted is operator.lt else "<="
-    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+    claims, goal = [], f"BD-rate {'<' if wanted is operator.lt else '<='} 0 %"
+    for where, part in each_network(table):
         sizes = _sizes(part)
         for sentence, pair in pairs.items():
-            if found := differences(bd_rates(part, [pair])):
-                size, other = (sizes[name] for name in pair)
-                claims.append(
-                    Claim(
-                        identifier,
-                        sentence,
-                        f"{dataset}-{model}",
-                        f"BD-rate {goal} 0 %",
-                        f"{bd_text(found)}; within 1 point {size}, the other {other}",
-                        bd_verdict(found, wanted),
-                        seeds_of(part[part["recipe"] == pair[0]]),
-                    )
-                )
+            rates = bd_rates(part, [pair])
+            if rates.empty:
+                continue
+            size, other = (sizes[name] for name in pair)
+            said = f"{bd_text(rates)}; within 1 point {size}, the other {other}"
+            verdict, seeds = bd_verdict(rates, wanted), seeds_of(part[part["recipe"] == pair[0]])
+            claims.append(Claim(identifier, sentence, where, goal, said, verdict, seeds))
     return claims
 
 
@@ -210,7 +113,7 @@ def _sizes(table: pd.DataFrame) -> dict[str, str]:
 def headline(
     table: pd.DataFrame, ours: list[str], theirs: list[str], label: str, max_drop: float = 1.0
 ) -> list[Claim]:
-    """C1 to C3: the comparison with the XAI baseline, all choices made on the validation split.
+    """C1 (twice), C2 and C3: the comparison with the XAI baseline.
 
     Parameters
     ----------
@@ -222,79 +125,54 @@ def headline(
         What is compared, in words.
     max_drop : float
         Points of validation accuracy that a side's operating point may lose.
-
-    Returns
-    -------
-    list of Claim
-        C1, C2 and C3 for each network.
     """
+    smaller = "file smaller than the XAI baseline's"
     claims = []
-    for (dataset, model), network in table.groupby(NETWORK, sort=False):
-        smaller, within, relative, points, lost, reached = [], [], [], [], [], []
-        for _, part in network.groupby("seed"):
-            floor = part["base_val_accuracy"].iloc[0] - max_drop - 1e-9
-            mine = part[part["recipe"].isin(ours)]
-            other = part[part["recipe"].isin(theirs)]
-            their_best = _smallest(other, floor)
-            match = _smallest(mine, their_best["val_accuracy"])
-            my_best = _smallest(mine, floor)
-            no_larger = other[other["file_bytes"] <= my_best["file_bytes"]]
-            rival = (
-                no_larger.nlargest(1, "val_accuracy").iloc[0]
-                if len(no_larger)
-                else other.nsmallest(1, "file_bytes").iloc[0]
-            )
-            reached.append(match["val_accuracy"] >= their_best["val_accuracy"])
-            within.append(100 * (1 - my_best["file_bytes"] / their_best["file_bytes"]))
-            smaller.append(100 * (1 - match["file_bytes"] / their_best["file_bytes"]))
-            points.append(my_best["test_accuracy"] - rival["test_accuracy"])
-            relative.append(100 * points[-1] / rival["test_accuracy"])
-            lost.append(my_best["base_test_accuracy"] - my_best["test_accuracy"])
-        where, seeds = f"{dataset}-{model}", seeds_of(network)
-        claims += [
-            Claim(
-                "C1",
-                f"file smaller than the XAI baseline's, both within {max_drop:g} point ({label})",
-                where,
-                "64 %",
-                text(within, 1, " %"),
-                judge(within, 64),
-                seeds,
-            ),
-            Claim(
-                "C1",
-                f"file smaller than the XAI baseline's at no lower accuracy ({label})",
-                where,
-                "64 %",
-                text(smaller, 1, " %") + ("" if all(reached) else " (accuracy not reached)"),
-                judge(smaller, 64, also=all(reached)),
-                seeds,
-            ),
-            Claim(
-                "C2",
-                "more accurate than the XAI baseline in a file no larger, or its smallest "
-                f"({label})",
-                where,
-                "42 %",
-                f"{text(relative, 1, ' % relative')}, {text(points, 1, ' points')}",
-                judge(relative, 42),
-                seeds,
-            ),
-            Claim(
-                "C3",
-                f"negligible loss against the uncompressed network ({label})",
-                where,
-                "<= 1.0 point",
-                text(lost, 2, " points lost"),
-                judge(lost, 1, operator.le),
-                seeds,
-            ),
-        ]
+    for where, network in each_network(table):
+        parts = [part for _, part in network.groupby("seed")]
+        found = pd.DataFrame([_compared(part, ours, theirs, max_drop) for part in parts])
+        seeds, reached = seeds_of(network), found["reached"]
+        within, matched, lost = found["within"], found["matched"], found["lost"]
+        unless = "" if all(reached) else " (accuracy not reached)"
+        relative = text(found["relative"], 1, " % relative")
+        rows = [
+            ("C1", f"{smaller}, both within {max_drop:g} point ({label})", "64 %",
+             text(within, 1, " %"), judge(within, 64)),
+            ("C1", f"{smaller} at no lower accuracy ({label})", "64 %",
+             text(matched, 1, " %") + unless, judge(matched, 64, also=all(reached))),
+            ("C2", "more accurate than the XAI baseline in a file no larger, or its smallest "
+             f"({label})", "42 %",
+             f"{relative}, {text(found['points'], 1, ' points')}", judge(found["relative"], 42)),
+            ("C3", f"negligible loss against the uncompressed network ({label})", "<= 1.0 point",
+             text(lost, 2, " points lost"), judge(lost, 1, operator.le)),
+        ]  # fmt: skip
+        claims += [Claim(i, claim, where, *result, seeds) for i, claim, *result in rows]
     return claims
+
+
+def _compared(part: pd.DataFrame, ours: list[str], theirs: list[str], max_drop: float) -> dict:
+    """Both sides of one network: by how many percent our files are smaller, and more accurate."""
+    floor = part["base_val_accuracy"].iloc[0] - max_drop - 1e-9
+    mine, other = (part[part["recipe"].isin(side)] for side in (ours, theirs))
+    best, their_best = _smallest(mine, floor), _smallest(other, floor)
+    match = _smallest(mine, their_best["val_accuracy"])
+    no_larger = other[other["file_bytes"] <= best["file_bytes"]]
+    rival = (
+        no_larger.nlargest(1, "val_accuracy").iloc[0]
+        if len(no_larger)
+        else other.nsmallest(1, "file_bytes").iloc[0]
+    )
+    points = best["test_accuracy"] - rival["test_accuracy"]
+    return {
+        "within": 100 * (1 - best["file_bytes"] / their_best["file_bytes"]),
+        "matched": 100 * (1 - match["file_bytes"] / their_best["file_bytes"]),
+        "reached": match["val_accuracy"] >= their_best["val_accuracy"],
+        "points": points,
+        "relative": 100 * points / rival["test_accuracy"],
+        "lost": points_lost(best),
+    }
 
 
 def _smallest(part: pd.DataFrame, floor: float) -> pd.Series:
     """The smallest file at least as accurate as the floor on validation, else the best."""
-    good = part[part["val_accuracy"] >= floor]
-    chosen = good.nsmallest(1, "file_bytes") if len(good) else part.nlargest(1, "val_accuracy")
-    return chosen.iloc[0]
+    return smallest(part, part["val_accuracy"] >= floor).iloc[0]

@@ -48,16 +48,8 @@ def flat(recipe: Recipe) -> dict:
     quantizers get in future are added, as ``remove.name``, only where they differ from their
     default; so recipes of today keep their address.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Of the rules in ``RULES`` and the quantizers in ``STORES``, or of others, which are named
-        by their class.
-
-    Returns
-    -------
-    dict
-        JSON-serialisable.
+    Rules that are not in ``RULES`` and quantizers that are not in ``STORES`` are named by their
+    class. The dictionary can be written as JSON.
     """
     remove, repair, store = recipe.remove, recipe.repair, recipe.store
     fields = dict(_FLAT)
@@ -112,14 +104,8 @@ def _later(part: str, value, told: set[str]) -> dict:
 def address(recipe: Recipe, per_class: int, state: str) -> str:
     """Name of a run's record: 16 hexadecimal digits.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        With its knob set.
-    per_class : int
-        Reference images of each class.
-    state : str
-        Digest of the base network's ``state_dict``: a run of another network is another run.
+    The recipe has its knob set; ``state`` is the digest of the base network's ``state_dict``: a run
+    of another network is another run.
     """
     return _hash([flat(recipe), per_class, state])
 
@@ -148,38 +134,15 @@ def read_json(path: Path) -> dict:
 
 
 def read_claims(results: Path) -> list[dict]:
-    """All claims of a profile's ``results``, in the order of their notebooks.
-
-    Files of before a verdict could be open, and before claims told their seeds, are read too.
-    """
-    paths = sorted(results.glob("claims-*.json"))
-    return [claim for path in paths for claim in claims_in(path.read_bytes())]
-
-
-def claims_in(content: bytes) -> list[dict]:
-    """The claims in the content of one such file."""
-    return [_current(claim) for claim in json.loads(content)]
-
-
-def _current(claim: dict) -> dict:
-    claim = {{"paper": "expected"}.get(key, key): value for key, value in claim.items()}
-    return {"verdict": "holds" if claim["holds"] else "fails", "seeds": []} | claim
+    """All claims of a profile's ``results``, in the order of their notebooks."""
+    return [claim for path in sorted(results.glob("claims-*.json")) for claim in read_json(path)]
 
 
 def cost(folder: Path) -> pd.DataFrame:
-    """What runs took, added up from their records.
+    """What the runs in a folder took: a row for each network and processor.
 
-    Parameters
-    ----------
-    folder : Path
-        As for ``read_records``.
-
-    Returns
-    -------
-    DataFrame
-        dataset, model, processor (of a CPU its capability), seeds, runs and core hours (training
-        of the base networks not counted), a row for each network and processor. What the runs of
-        a job share is counted once.
+    Columns: dataset, model, processor (of a CPU its capability), seeds, runs and core hours
+    (training of the base networks not counted). What the runs of a job share is counted once.
     """
     rows = []
     for row in read_records(folder):
@@ -187,10 +150,10 @@ def cost(folder: Path) -> pd.DataFrame:
         # Records of before jobs had names shared their job with those that differ in a knob.
         recipe = {k: v for k, v in where["recipe"].items() if k not in _KNOBS}
         job = where.get("job", [row["per_class"], recipe, where["commit"]])
-        hours = where["threads"] * where["seconds"] / 3600
         processor = where["cpu_capability"] if where["device"] == "cpu" else where["device"]
-        job = json.dumps([row["seed"], job])
-        rows.append((row["dataset"], row["model"], processor, row["seed"], job, hours))
+        told = {name: row[name] for name in ("dataset", "model", "seed")}
+        told |= {"processor": processor, "job": json.dumps([row["seed"], job])}
+        rows.append(told | {"core hours": where["threads"] * where["seconds"] / 3600})
     names = ["dataset", "model", "processor", "seed", "job", "core hours"]
     table = pd.DataFrame(rows, columns=names)
     by = ["dataset", "model", "processor"]
@@ -205,10 +168,10 @@ def cost(folder: Path) -> pd.DataFrame:
     ).reset_index()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; its folder is made."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
+    write_bytes(path, content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content) -> None:
@@ -227,13 +190,9 @@ def git(*words: str) -> bytes | None:
 
 @cache
 def _environment() -> dict:
-    commit, changes = (
-        git("rev-parse", "HEAD"),
-        git("status", "--porcelain", "lib", "notebooks/study"),
-    )
     return {
-        "commit": (commit or b"unknown").decode().strip(),
-        "code_changed_since": bool(changes),
+        "commit": (git("rev-parse", "HEAD") or b"unknown").decode().strip(),
+        "code_changed_since": bool(git("status", "--porcelain", "lib", "notebooks/study")),
         "code": digests.of_code(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -245,18 +204,10 @@ def _environment() -> dict:
 
 
 def provenance(start: float) -> dict:
-    """Where a result comes from.
+    """Where a result comes from, for which work began at ``start`` (of ``time.perf_counter``).
 
-    Parameters
-    ----------
-    start : float
-        ``time.perf_counter()`` when the work began.
-
-    Returns
-    -------
-    dict
-        Commit, whether ``lib`` or ``study`` differ from it, digest of the code, versions,
-        device, threads and seconds.
+    Commit, whether ``lib`` or ``study`` differ from it, digest of the code, versions, device,
+    threads and seconds.
     """
     seconds = round(time.perf_counter() - start, 2)
     return _environment() | {"threads": torch.get_num_threads(), "seconds": seconds}

@@ -51,17 +51,9 @@ code { background: var(--soft); }
 def report(executed: Path, target: Path) -> None:
     """Write a notebook's texts, tables and figures, without its code, as one HTML file.
 
-    Parameters
-    ----------
-    executed : Path
-        The notebook with its outputs; its first heading becomes the title.
-    target : Path
-        Such as ``results/quick/report.html``; links to tables are made relative to its folder.
-
-    Raises
-    ------
-    ValueError
-        The file would be larger than ``MOST``, or the notebook has no heading.
+    The notebook's first heading becomes the title; links to tables are made relative to the folder
+    of ``target``, such as ``results/quick/report.html``. A ValueError says that the file would be
+    larger than ``MOST``, or that the notebook has no heading.
     """
     headings: list[tuple[str, str]] = []
     body, last, figures = [], "", 0

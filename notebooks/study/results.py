@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -17,11 +18,8 @@ from .verdicts import Claim
 class Results:
     """The folders ``results/<name>`` and ``figures/<name>``; every file is written whole.
 
-    Parameters
-    ----------
-    name : str
-        Of the profile, and of what differs from it. The folders' parents are the checkout's
-        unless ``RESULTS_ROOT`` and ``FIGURES_ROOT`` say otherwise.
+    ``name`` is that of the profile, and of what differs from it. The folders' parents are the
+    checkout's unless ``RESULTS_ROOT`` and ``FIGURES_ROOT`` say otherwise.
     """
 
     def __init__(self, name: str):
@@ -35,8 +33,8 @@ class Results:
     def save_claims(self, notebook: str, claims: list[Claim]) -> Table:
         """Write a notebook's claims to ``results/<profile>/claims-<notebook>.json``, and print."""
         rows = [claim.row(notebook) for claim in claims]
-        path = self.results / f"claims-{notebook}.json"
-        self._write(path, json.dumps(rows, indent=1) + "\n")
+        content = json.dumps(rows, indent=1) + "\n"
+        self._write(self.results / f"claims-{notebook}.json", content)
         # Near a threshold the verdict may differ between processors: the table shows it, and the
         # tests of results compare it; the printed line is the same on every machine.
         print(f"{len(claims)} claims tested: {', '.join(dict.fromkeys(c.id for c in claims))}")
@@ -55,24 +53,16 @@ class Results:
 
     def save_figure(self, name: str, figure) -> None:
         """Write ``figures/<profile>/<name>.png``, the same bytes for the same picture."""
-        self.figures.mkdir(parents=True, exist_ok=True)
-        partial = self.figures / f".{name}.png"
-        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata={"Software": None})
-        partial.replace(self.figures / f"{name}.png")
-        self._note(self.figures / f"{name}.png")
+        figure.savefig(
+            content := BytesIO(), dpi=150, bbox_inches="tight", metadata={"Software": None}
+        )
+        self._write(self.figures / f"{name}.png", content.getvalue())
 
     def replace_models(self, pairs: dict[str, tuple[Path, Path]], name: str = "models") -> None:
-        """Make the folder ``name`` hold these and no others, record and file of each.
+        """Make a folder hold these and no others: by name the record and the file to copy.
 
         The whole folder is exchanged: a record never stands beside another run's file, wherever
         this stops.
-
-        Parameters
-        ----------
-        pairs : dict of str to tuple of Path
-            By name the record and the file to copy.
-        name : str
-            ``models``, or another one that begins so.
         """
         folder, new, old = self._model_folders(name)
         shutil.rmtree(new, ignore_errors=True)
@@ -99,8 +89,8 @@ class Results:
     def _model_folders(self, name: str) -> tuple[Path, Path, Path]:
         return tuple(self.results / each for each in (name, f".{name}.new", f".{name}.old"))
 
-    def _write(self, path: Path, text: str) -> None:
-        write(path, text)
+    def _write(self, path: Path, content: str | bytes) -> None:
+        write(path, content)
         self._note(path)
 
     def _note(self, path: Path) -> None:

@@ -13,35 +13,24 @@ from torch import Tensor, nn
 from .figures import curves
 from .names import readable
 from .palette import BLACK, BLUE, GREY, RED, SIGNED, SKY, panels
-from .pictures import bare, signed, square
+from .pictures import bare, grid, squares
 
 BITS = {0: "#ffffff", 2: "#c6dbef", 4: "#56a0d3", 8: "#08306b"}
 """Of a tier: the more bits, the darker, in grey too."""
 
 
 def tiny_network(chain: nn.Sequential, values: Tensor, scores: dict[str, Tensor]) -> Figure:
-    """A chain of linear layers as a graph; connections are drawn by their relevance.
+    """A chain of ``Linear`` and ``ReLU`` as a graph; connections are drawn by their relevance.
 
-    Parameters
-    ----------
-    chain : nn.Sequential
-        Of ``Linear`` and ``ReLU``.
-    values : Tensor
-        One input [1, inputs].
-    scores : dict of str to Tensor
-        Of its weights.
-
-    Returns
-    -------
-    Figure
-        Values in the nodes, relevance beside the lines; dashed lines are negative.
+    ``values`` is one input [1, inputs], ``scores`` are of the weights. Values stand in the nodes,
+    relevance beside the lines; dashed lines are negative.
     """
     layers, x = [values[0]], values
     for module, after in zip(chain, [*chain[1:], None], strict=True):
         x = module(x)
         if not isinstance(after, nn.ReLU):
             layers.append(x[0].detach())
-    figure, axis = plt.subplots(figsize=(7.4, 3.1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.4, 3.1))
     top = max(len(layer) for layer in layers) - 1
     heights = [top / 2 + (len(n) - 1) / 2 - np.arange(len(n)) for n in layers]
     most = max(float(s.abs().max()) for s in scores.values())
@@ -67,27 +56,14 @@ def tiny_network(chain: nn.Sequential, values: Tensor, scores: dict[str, Tensor]
     return figure
 
 
-def agreement(known: Tensor, scores: dict[str, Tensor], xlabel: str, count: int = 1500) -> Figure:
-    """Ranks of the same weights by two scores each, a panel for each score.
+def agreement(known: Tensor, scores: dict[str, Tensor], xlabel: str) -> Figure:
+    """Ranks (%) of 1,500 weights by two scores each [weights], a panel for each of ``scores``.
 
-    Parameters
-    ----------
-    known : Tensor
-        Scores on the x axis, [weights].
-    scores : dict of str to Tensor
-        By name those on the y axes, [weights].
-    xlabel : str
-        What ``known`` is.
-    count : int
-        Weights drawn, at random among those that have any relevance.
-
-    Returns
-    -------
-    Figure
-        Ranks in percent; lines part positive from negative scores.
+    The weights are drawn at random among those that have any relevance; lines part positive from
+    negative scores.
     """
     live = (known != 0).nonzero().squeeze(1)
-    chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:count]]
+    chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:1500]]
 
     def ranks(values: Tensor) -> np.ndarray:  # equal scores share a rank
         return 100 * stats.rankdata(values[live]) / len(live)
@@ -104,22 +80,14 @@ def agreement(known: Tensor, scores: dict[str, Tensor], xlabel: str, count: int 
         axis.set(title=readable(name), xlabel=xlabel, xlim=(0, 100), ylim=(0, 100))
         axis.set_aspect("equal")
     axes[0].set_ylabel("rank by the rule (%)")
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", markerscale=2,
-                  fontsize=9)  # fmt: skip
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", markerscale=2)
     return figure
 
 
 def whereabouts(tables: dict[str, pd.DataFrame]) -> Figure:
     """Where relevance is: with weights, taken by biases, or lost; without a leak it is 100 %.
 
-    Parameters
-    ----------
-    tables : dict of str to DataFrame
-        By title, of ``lessons.whereabouts``.
-
-    Returns
-    -------
-    Figure
+    ``tables`` are of ``lessons.whereabouts``, by title.
     """
     figure, axes = panels(len(tables), height=3.2, width=3.7)
     kinds = {"weights": (BLUE, ""), "biases": (SKY, ".."), "lost": (RED, "xx")}
@@ -136,48 +104,20 @@ def whereabouts(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set(title=title)
         axis.tick_params(axis="x", labelrotation=30)
     axes[0].set_ylabel("relevance (% of the logits)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
 def rule_in_view(weight: Tensor, score: Tensor) -> Figure:
-    """Ten units of a layer, their relevance, and what ``score > 0`` leaves of them.
-
-    Parameters
-    ----------
-    weight, score : Tensor
-        [units, ...].
-
-    Returns
-    -------
-    Figure
-    """
-    kept = weight * (score > 0)
-    rows = {"weight": weight, "relevance": score, "what is left": kept}
-    count = min(10, len(weight))
-    figure, axes = plt.subplots(3, count, figsize=(0.95 * count + 1.2, 3.2), layout="constrained",
-                                squeeze=False)  # fmt: skip
-    for row, (label, values) in enumerate(rows.items()):
-        for unit in range(count):
-            signed(axes[row, unit], square(values[unit]))
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
-    bare(axes)
+    """Ten units of a layer [units, ...], their relevance, and what ``score > 0`` leaves of them."""
+    rows = {"weight": weight, "relevance": score, "what is left": weight * (score > 0)}
+    figure = plt.figure(figsize=(0.95 * min(10, len(weight)) + 1.2, 3.2))
+    grid(figure, {label: squares(values[:10]) for label, values in rows.items()})
     return figure
 
 
 def activity(table: pd.DataFrame, title: str) -> Figure:
-    """Mean activations, active units and what tells images apart, layer by layer.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``lessons.activity``.
-    title : str
-
-    Returns
-    -------
-    Figure
-    """
+    """Mean activations, active units and what tells images apart, of ``lessons.activity``."""
     columns = ["mean activation", "active (%)", "told by the image (%)"]
     figure, axes = panels(len(columns), height=3.2, width=3.6)
     styles = [(GREY, "o", "-", 11), (RED, "X", "--", 7), (BLUE, "s", "-.", 5)]
@@ -189,28 +129,14 @@ def activity(table: pd.DataFrame, title: str) -> Figure:
         axis.set(ylabel=column)
         axis.tick_params(axis="x", labelrotation=40)
     axes[0].set(yscale="log", ylabel="mean activation (logarithmic)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     return figure
 
 
 def snapping(row: Tensor, step: float, snapped: dict[float, Tensor]) -> Figure:
-    """A row of weights, and the values that each becomes at different prices of a bit.
-
-    Parameters
-    ----------
-    row : Tensor
-        [weights].
-    step : float
-        Of the grid.
-    snapped : dict of float to Tensor
-        By price the symbols, [weights].
-
-    Returns
-    -------
-    Figure
-    """
-    figure, axis = plt.subplots(figsize=(8, 0.62 * len(snapped) + 1.5), layout="constrained")
+    """A row of weights [weights], and its symbols on a grid at different prices of a bit."""
+    figure, axis = plt.subplots(figsize=(8, 0.62 * len(snapped) + 1.5))
     ends = int(max(symbols.abs().max() for symbols in snapped.values())) + 1
     for tick in range(-ends, ends + 1):
         axis.axvline(tick * step, color=BLACK if tick == 0 else GREY, lw=0.7, alpha=0.6)
@@ -234,17 +160,9 @@ def snapping(row: Tensor, step: float, snapped: dict[float, Tensor]) -> Figure:
 
 
 def tier_map(weight: Tensor, scores: Tensor, bits: Tensor, title: str) -> Figure:
-    """A filter bank: weights, relevance, and the bits that each weight gets.
+    """Eight units and eight channels of a filter bank: weights, relevance, bits of each weight.
 
-    Parameters
-    ----------
-    weight, scores, bits : Tensor
-        [units, channels, height, width]; eight units and eight channels are shown.
-    title : str
-
-    Returns
-    -------
-    Figure
+    All are [units, channels, height, width].
     """
     figure, axes = panels(3, height=3.9, width=3.6)
     colours = ListedColormap(list(BITS.values()))
@@ -259,7 +177,7 @@ def tier_map(weight: Tensor, scores: Tensor, bits: Tensor, title: str) -> Figure
     bare(np.array(axes))
     found = {int(b) for b in bits.unique()}
     handles = [Patch(fc=c, ec=BLACK, label=f"{b} bits") for b, c in BITS.items() if b in found]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=9)
+    figure.legend(handles=handles, loc="outside right upper")
     figure.suptitle(title)
     return figure
 
@@ -274,17 +192,7 @@ def _tiled(values: Tensor, most: int = 8) -> np.ndarray:
 
 
 def depth(table: pd.DataFrame) -> Figure:
-    """Bits per weight of each layer, from the input to the output; a panel for each network.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.bits_per_layer``.
-
-    Returns
-    -------
-    Figure
-    """
+    """Bits per weight of each layer, of ``Study.bits_per_layer``; a panel for each network."""
     place = table.groupby(["dataset", "model", "recipe"], sort=False).cumcount() + 1
     figure = curves(
         table.assign(knob=place, seed=0), "knob", "bits",

@@ -16,12 +16,8 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 class Slider:
     """A slider with a picture for each of its places.
 
-    Parameters
-    ----------
-    label : str
-        Beside the slider.
-    frames : dict of str to Figure
-        By the place's label; drawn at once, so that sliding computes nothing. They are closed.
+    ``frames``, by the place's label, are drawn at once, so that sliding computes nothing, and
+    closed.
     """
 
     def __init__(self, label: str, frames: dict[str, Figure]):
@@ -40,13 +36,10 @@ class Slider:
         middle = places[len(places) // 2]
         picture = ipywidgets.Image(value=self.pictures[middle], format="png")
         slider = ipywidgets.SelectionSlider(
-            options=places,
-            value=middle,
-            description=self.label,
+            options=places, value=middle, description=self.label,
             style={"description_width": "auto"},
-        )
-        slider.observe(lambda change: setattr(picture, "value", self.pictures[change["new"]]),
-                       names="value")  # fmt: skip
+        )  # fmt: skip
+        ipywidgets.dlink((slider, "value"), (picture, "value"), self.pictures.get)
         box = ipywidgets.VBox([slider, picture])
         shown = base64.b64encode(self.pictures[middle]).decode()
         view = box._repr_mimebundle_()[VIEW]
@@ -54,21 +47,9 @@ class Slider:
 
 
 def budget(files: dict[str, object], accuracy: dict[str, float], base: float) -> dict[str, Figure]:
-    """A picture for each file: where it stands among all, and what its layers take.
+    """By label a picture of each file: where it stands among all, and what its layers take.
 
-    Parameters
-    ----------
-    files : dict of str to Compressed
-        By label, of one network.
-    accuracy : dict of str to float
-        Of the network read from each, in percent.
-    base : float
-        Accuracy of the uncompressed network.
-
-    Returns
-    -------
-    dict of str to Figure
-        By the same labels.
+    The files are of one network, whose accuracy in percent is ``base`` uncompressed.
     """
     sizes = [file.nbytes for file in files.values()]
     frames = {}
@@ -82,7 +63,7 @@ def budget(files: dict[str, object], accuracy: dict[str, float], base: float) ->
             ylabel=f"test accuracy (%); this one: {accuracy[label]:.1f}",
         )
         left.set_xlim(left=0)
-        left.legend(fontsize=9, loc="lower right")
+        left.legend(loc="lower right")
         bits = [layer.bits for layer in file.summary()[:-1]]
         right.bar(range(1, len(bits) + 1), bits, color=BLUE)
         most = max(row.bits for each in files.values() for row in each.summary()[:-1])

@@ -46,14 +46,8 @@ def _asked(folder: str, name: str, parameters: dict) -> str:
 def fresh(folder: str, name: str, parameters: dict) -> bool:
     """Whether a notebook ran on all that it would read now, and what it wrote is still there.
 
-    Parameters
-    ----------
-    folder : str
-        ``profiles.folder_name`` of the parameters.
-    name : str
-        The notebook's, without ``.ipynb``.
-    parameters : dict
-        Handed to the notebook.
+    The folder is ``profiles.folder_name`` of the parameters, which are handed to the notebook; its
+    name is without ``.ipynb``.
     """
     try:
         stamp = json.loads(_path(folder, name).read_text())
@@ -68,15 +62,7 @@ def fresh(folder: str, name: str, parameters: dict) -> bool:
 def execute(folder: str, name: str, parameters: dict) -> int:
     """Run a notebook into the folder of executed copies, quietly but for what went wrong in it.
 
-    Parameters
-    ----------
-    folder, name, parameters
-        As for ``fresh``.
-
-    Returns
-    -------
-    int
-        One where a cell failed; what it raised was printed.
+    Gives one where a cell failed; what it raised was printed.
     """
     from papermill import PapermillExecutionError, execute_notebook  # here: takes a second
 
@@ -102,10 +88,7 @@ def execute(folder: str, name: str, parameters: dict) -> int:
 def stamp(folder: str, name: str, parameters: dict) -> None:
     """Note that a notebook has just run, with the digest of each file that it wrote.
 
-    Parameters
-    ----------
-    folder, name, parameters
-        As for ``fresh``; the environment variable ``STUDY_LEDGER`` names the list of the files.
+    The environment variable ``STUDY_LEDGER`` names the list of these files.
     """
     ledger = Path(os.environ[LEDGER])
     files = sorted(set(ledger.read_text().splitlines())) if ledger.exists() else []
@@ -124,26 +107,24 @@ def store_outputs() -> None:
     import nbformat
 
     from .records import write
+    from .sliders import VIEW
 
     for path in sorted(FOLDER.glob("[0-9][0-9]-*.ipynb")):
         stored = nbformat.read(path, as_version=4)
         executed = nbformat.read(paths.CACHE / "quick" / "notebooks" / path.name, as_version=4)
         injected = "injected-parameters"
         cells = [c for c in executed.cells if injected not in c.metadata.get("tags", [])]
-        for cell, done in zip(stored.cells, cells, strict=True):
-            if cell.source != done.source:
-                raise ValueError(f"{path.name} was edited since it was run: make reproduce")
-        count = 0
-        for cell, done in zip(stored.cells, cells, strict=True):
-            if cell.cell_type == "code":
-                count += 1
-                outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
-                cell.outputs, cell.execution_count = outputs, count
-                for output in cell.outputs:
-                    # of no use without the kernel that made it; the picture beside it stays
-                    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-                    if output.output_type == "execute_result":
-                        output.execution_count = count
+        pairs = list(zip(stored.cells, cells, strict=True))
+        if any(cell.source != done.source for cell, done in pairs):
+            raise ValueError(f"{path.name} was edited since it was run: make reproduce")
+        code = [(cell, done) for cell, done in pairs if cell.cell_type == "code"]
+        for count, (cell, done) in enumerate(code, 1):
+            cell.outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
+            cell.execution_count = count
+            for output in cell.outputs:
+                output.get("data", {}).pop(VIEW, None)  # the picture beside it stays
+                if output.output_type == "execute_result":
+                    output.execution_count = count
         write(path, nbformat.writes(stored) + "\n")
 
 
@@ -152,11 +133,6 @@ def alone(command: list[str]) -> None:
 
     The lock is the kernel's, held by the open file that the command inherits: it goes with the
     last process that has it, however that ends.
-
-    Parameters
-    ----------
-    command : list of str
-        Program and arguments.
     """
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     lock = os.open(paths.CACHE / "lock", os.O_RDWR | os.O_CREAT)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from lib import Compressed, Recipe
 from lib.compress import encode, prepare, remove
-from lib.files import write_bytes
 from lib.finetune import evaluate
 from lib.relevance import scored_weights
 
@@ -23,7 +22,7 @@ from .bases import base, checkpoint, is_trained
 from .data import sample, split
 from .jobs import Job
 from .profiles import PROFILES, Case, cases, folder_name
-from .records import STORES, address, base_address, provenance, read_json, write_json
+from .records import STORES, address, base_address, provenance, read_json, write, write_json
 from .results import Results
 
 LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
@@ -34,18 +33,12 @@ class Study(Results):
 
     Parameters
     ----------
-    profile : str
-        A key of ``PROFILES``.
-    datasets : str
-        Comma-separated names that replace the profile's data sets, such as ``mnist`` or, for one
-        network only, ``cifar10-jpeg/resnet20``; data sets not in the profile get the networks of
-        their kind. Empty: the profile's own.
-    seed : int
-        Added to the profile's seeds. Other seeds than the profile's write to folders of their own,
-        ``results/<profile>-seed<seed>``.
-    per_class : int
-        Reference images of each class; zero: the profile's. Other numbers write to folders of
-        their own too, ``results/<profile>-images<per_class>``.
+    profile, datasets
+        As for ``profiles.cases``: a key of ``PROFILES``, and names that replace its data sets. Data
+        sets not in the profile get the networks of their kind.
+    seed, per_class : int
+        Added to the profile's seeds; reference images of each class, zero for the profile's. Others
+        than the profile's write to folders of their own (``profiles.folder_name``).
 
     Raises
     ------
@@ -137,10 +130,8 @@ class Study(Results):
         knobs : dict of str to iterable of float, optional
             For each quantizer (a value of ``records.STORES``), settings of its knob that replace
             the recipe's own, and give way to those that the profile has for a model.
-        cases : list of Case, optional
-            All of the profile's by default.
-        per_class : int, optional
-            Reference images of each class; the study's by default.
+        cases, per_class
+            All of the study's, and its number of reference images of each class, by default.
         as_given : bool
             Keep the recipes' optimisers where the profile has another for a model.
 
@@ -157,23 +148,16 @@ class Study(Results):
         for case in cases:
             self.base(case)
         rows = [
-            (name, case, variant)
+            (name, case, variant, self._path(case, variant, images))
             for case in cases
             for name, recipe in recipes.items()
             for variant in self._variants(
                 case, recipe if as_given else self._own(case, recipe), knobs or {}
             )
         ]
-        missing = {
-            path: (case, variant)
-            for _, case, variant in rows
-            if not (path := self._path(case, variant, images)).exists()
-        }
+        missing = {path: (case, variant) for _, case, variant, path in rows if not path.exists()}
         self._run(missing, images)
-        records = [
-            {"recipe": name} | read_json(self._path(case, variant, images))
-            for name, case, variant in rows
-        ]
+        records = [{"recipe": name} | read_json(path) for name, *_, path in rows]
         columns = ["dataset", "model", "seed", "recipe"]
         table = pd.DataFrame(records).drop(columns="provenance")
         return table[columns + [name for name in table if name not in columns]]
@@ -182,20 +166,16 @@ class Study(Results):
         """Do runs, by the paths of their records; here alone results are written."""
         asked, paths, networks = [], [], {}
         for case, variants in jobs.grouped(missing):
-            accuracies = {
-                f"base_{p}_accuracy": self.base_accuracy(case, p) for p in ("val", "test")
-            }
-            code = digests.of_code()
-            asked.append(Job(case, per_class, tuple(variants.values()), accuracies, code))
+            known = {f"base_{p}_accuracy": self.base_accuracy(case, p) for p in ("val", "test")}
+            runs = tuple(variants.values())
+            asked.append(Job(case, per_class, runs, known, digests.of_code()))
             paths.append(list(variants))
             if case not in networks:
                 networks[case] = pickle.dumps(self.base(case))
         finished = jobs.done(asked, networks)
         for place, results in tqdm(finished, total=len(asked), desc="recipes", disable=not asked):
             for path, (record, content) in zip(paths[place], results, strict=True):
-                file = self._file(path)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(file, content)
+                write(self._file(path), content)
                 write_json(path, record)
 
     def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
@@ -237,40 +217,26 @@ class Study(Results):
     def bits_per_layer(self, recipes: dict[str, Recipe]) -> pd.DataFrame:
         """Bits that each layer's weights take in the file, for the first case of each network.
 
-        Parameters
-        ----------
-        recipes : dict of str to Recipe
-            By the name in the table.
-
-        Returns
-        -------
-        DataFrame
-            dataset, model, recipe, layer, bits.
+        Columns: dataset, model, recipe (the name), layer, bits.
         """
         rows = []
         for case in (c for c in self.cases if c.seed == self.cases[0].seed):
-            weights, where = scored_weights(self.base(case)), asdict(case)
-            del where["seed"]
-            for name, recipe in recipes.items():
-                for layer in self.compressed(case, recipe).summary():
-                    if layer.layer in weights:
-                        told = {"layer": layer.layer, "bits": layer.bits}
-                        rows.append(where | {"recipe": name} | told)
-        return pd.DataFrame(rows)
+            weights = scored_weights(self.base(case))
+            rows += [
+                (case.dataset, case.model, name, layer.layer, layer.bits)
+                for name, recipe in recipes.items()
+                for layer in self.compressed(case, recipe).summary()
+                if layer.layer in weights
+            ]
+        return pd.DataFrame(rows, columns=["dataset", "model", "recipe", "layer", "bits"])
 
     def save_models(
         self, best: pd.DataFrame, recipes: dict[str, Recipe], folder: str = "models"
     ) -> None:
         """Keep the chosen runs' files of the first seed up to ``LARGEST_KEPT``, and no others.
 
-        Parameters
-        ----------
-        best : DataFrame
-            Of ``tables.smallest_files``.
-        recipes : dict of str to Recipe
-            Those of which files are kept.
-        folder : str
-            Begins with ``models``; each notebook has its own.
+        ``best`` is of ``tables.smallest_files``, ``recipes`` are those of which files are kept, and
+        ``folder`` begins with ``models``; each notebook has its own.
         """
         self.recover_models(folder)
         chosen = best[best["recipe"].isin(recipes) & (best["seed"] == self.cases[0].seed)]
@@ -281,12 +247,12 @@ class Study(Results):
             record = self._path(case, recipe, row.per_class)
             name = f"{case}-{row.recipe.replace(', ', '-').replace(' ', '-').replace('%', '')}"
             kept = self.results / folder / f"{name}.json"
-            if not (kept.exists() and kept.read_text() == record.read_text()):
-                if not self._file(record).exists():
-                    self._run({record: (case, recipe)}, row.per_class)
-                pairs[name] = record, self._file(record)
-            else:
+            if kept.exists() and kept.read_text() == record.read_text():
                 pairs[name] = kept, kept.with_suffix(".xaic")
+                continue
+            if not self._file(record).exists():
+                self._run({record: (case, recipe)}, row.per_class)
+            pairs[name] = record, self._file(record)
         ours = tuple(f"{case}-" for case in self.cases)
         for path in (self.results / folder).glob("*.*"):
             file = path.with_suffix(".xaic")

@@ -1,7 +1,7 @@
 """From tables of runs to operating points: means, intervals, smallest files."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -26,23 +26,24 @@ def text(values: Iterable[float], digits: int = 1, unit: str = "") -> str:
     return f"{np.mean(values):.{digits}f}{spread}{unit}"
 
 
+def each_network(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each network, with its name such as ``mnist-lenet5``."""
+    for (dataset, model), part in table.groupby(NETWORK, sort=False):
+        yield f"{dataset}-{model}", part
+
+
+def points_lost(runs):
+    """Points of test accuracy lost against the base network: of a table of runs, or a row of it."""
+    return runs["base_test_accuracy"] - runs["test_accuracy"]
+
+
 def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Means over seeds, with the interval of the test accuracy.
+    """Means over seeds: a table of ``Study.sweep`` with one row for each value of ``by``.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Of ``Study.sweep``.
-    by : list of str
-        Columns that make one row.
-
-    Returns
-    -------
-    DataFrame
-        ``by``, kept (%), file bytes, ratio, validation and test accuracy and points lost (%).
+    Columns: ``by``, seeds, kept (%), file bytes, ratio, val accuracy, test accuracy (percent), ±
+    (its 95 % interval) and points lost.
     """
-    lost = table["base_test_accuracy"] - table["test_accuracy"]
-    groups = table.assign(lost=lost).groupby(by, sort=False)
+    groups = table.assign(lost=points_lost(table)).groupby(by, sort=False)
     return pd.DataFrame(
         {
             "seeds": groups["seed"].nunique(),
@@ -57,47 +58,29 @@ def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     ).reset_index()
 
 
+def smallest(files: pd.DataFrame, good: pd.Series) -> pd.DataFrame:
+    """The smallest good one of some files; where none is good, the most accurate on validation."""
+    if good.any():
+        return files[good].nsmallest(1, "file_bytes")
+    return files.nlargest(1, "val_accuracy")
+
+
 def smallest_files(tables: Iterable[pd.DataFrame], max_drop: float) -> pd.DataFrame:
-    """The smallest file of each recipe that loses little on the validation split.
+    """The smallest file of each recipe that loses at most so many points on validation.
 
-    Parameters
-    ----------
-    tables : iterable of DataFrame
-        Of ``Study.sweep``.
-    max_drop : float
-        Points of validation accuracy that may be lost against the base network.
-
-    Returns
-    -------
-    DataFrame
-        A row for each dataset, model, seed and recipe; ``reached`` is False, and the most accurate
-        file stands in, where every file loses more.
+    A row of ``tables``, of ``Study.sweep``, for each dataset, model, seed and recipe. ``reached``
+    is False, and the most accurate file stands in, where every file loses more.
     """
     table = pd.concat(tables).drop_duplicates([*NETWORK, "seed", "recipe", "knob"])
     drop = table["base_val_accuracy"] - table["val_accuracy"]
     table = table.assign(reached=drop <= max_drop + 1e-9)
-    chosen = [
-        part[part["reached"]].nsmallest(1, "file_bytes")
-        if part["reached"].any()
-        else part.nlargest(1, "val_accuracy")
-        for _, part in table.groupby([*NETWORK, "seed", "recipe"], sort=False)
-    ]
+    groups = table.groupby([*NETWORK, "seed", "recipe"], sort=False)
+    chosen = [smallest(part, part["reached"]) for _, part in groups]
     return pd.concat(chosen).reset_index(drop=True)
 
 
 def operating_points(best: pd.DataFrame) -> pd.DataFrame:
-    """Average ``smallest_files`` over seeds, for a table.
-
-    Parameters
-    ----------
-    best : DataFrame
-        Of ``smallest_files``.
-
-    Returns
-    -------
-    DataFrame
-        As ``summarise``, with the share of seeds that reached the accuracy.
-    """
+    """``summarise`` of ``smallest_files``, with the share of seeds that reached the accuracy."""
     keys = [*NETWORK, "recipe"]
     reached = best.groupby(keys, sort=False)["reached"].mean().map("{:.0%}".format)
     return summarise(best, keys).merge(reached.reset_index(), on=keys, validate="one_to_one")
@@ -106,14 +89,9 @@ def operating_points(best: pd.DataFrame) -> pd.DataFrame:
 class Table:
     """A table for the eye: HTML in a notebook, whose numbers are tested in ``results/`` instead.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        What to show. Texts stand left, numbers right; what is not a number is a dash.
-    digits : int
-        Decimals of floating-point columns; none where values reach a thousand, such as bytes.
-    fold : str
-        What a long table is called; it is then unfolded by a click on that.
+    Texts stand left, numbers right; what is not a number is a dash. Floating-point columns have so
+    many digits, none where values reach a thousand, such as bytes. A long table may be folded: it
+    is then unfolded by a click on what ``fold`` calls it.
     """
 
     def __init__(self, frame: pd.DataFrame, digits: int = 2, fold: str = ""):

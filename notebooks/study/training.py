@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tqdm import tqdm
 
 from lib.files import write_bytes
 from lib.finetune import batches
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""(images, generator) -> images, applied to each batch."""
 
 
 def pick_device() -> torch.device:
@@ -29,19 +33,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def augment_crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to four pixels and mirror half of them (He et al. 2016).
+    """Shift each image [N, C, H, W] by up to four pixels and mirror half of them (He et al. 2016).
 
-    Parameters
-    ----------
-    images : Tensor
-        [N, C, H, W]; pixels that move in from outside are zero.
-    generator : torch.Generator
-        On the CPU; source of all the draws.
-
-    Returns
-    -------
-    Tensor
-        [N, C, H, W].
+    Pixels that move in from outside are zero. ``generator`` is on the CPU, source of all the draws.
     """
     n, _, height, width = images.shape
     padded = F.pad(images, (4, 4, 4, 4))
@@ -61,32 +55,19 @@ def _resumed(checkpoint: Path, device: torch.device) -> dict:
         raise ValueError(f"{checkpoint} is damaged: remove it to train from the start") from error
 
 
+@dataclass(eq=False)
 class Passes:
-    """Training data as batches: going through them is one pass, in another order each time.
+    """Training data as batches: going through them is one pass, in another order each time."""
 
-    Parameters
-    ----------
-    images, labels : Tensor
-        float32 [N, C, H, W] and int64 [N], on one device or on two.
-    size : int
-        Images of a batch.
-    augment : callable, optional
-        (images, generator) -> images, applied to each batch.
-    seed : int
-        Of order and augmentation.
-    """
+    images: Tensor  # [N, C, H, W]
+    labels: Tensor  # int64 [N], moved to where the images are
+    size: int  # of a batch
+    augment: Augment | None
+    seed: int  # of order and augmentation
+    epoch: int = 0  # the next one
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        size: int,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None,
-        seed: int,
-    ):
-        self.images, self.labels = images, labels.to(images.device)
-        self.size, self.augment, self.seed = size, augment, seed
-        self.epoch = 0  # the next one
+    def __post_init__(self):
+        self.labels = self.labels.to(self.images.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
@@ -106,8 +87,7 @@ def fit(
     epochs: int,
     lr: float,
     batch_size: int = 128,
-    weight_decay: float = 5e-4,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    augment: Augment | None = None,
     bfloat16: bool = False,
     average: bool = False,
     seed: int = 0,
@@ -115,7 +95,10 @@ def fit(
     progress: str | None = None,
     after: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Train a network from where it stands, with SGD and a one-cycle or a constant learning rate.
+    """Train a network from where it stands, and return it in evaluation mode.
+
+    By SGD with Nesterov momentum 0.9, an L2 penalty of 5e-4 on all parameters, and a learning rate
+    of one cycle (Smith and Topin 2018).
 
     Parameters
     ----------
@@ -123,24 +106,13 @@ def fit(
         Trained in place, on the device it is on.
     images, labels : Tensor
         float32 [N, C, H, W] and int64 [N].
-    epochs : int
-        Passes over the images.
     lr : float
-        Highest learning rate of the cycle (Smith and Topin 2018), or the constant one;
-        Nesterov momentum 0.9.
-    batch_size : int
-        Images of a step.
-    weight_decay : float
-        L2 penalty of all parameters.
-    augment : callable, optional
-        (images, generator) -> images, applied to each batch.
+        Highest learning rate of the cycle, or the constant one.
     bfloat16 : bool
         Compute in bfloat16 where autocast deems it safe.
     average : bool
         Keep the learning rate constant, and return the mean of the weights after each step, with
         BatchNorm's statistics estimated anew on one more pass over the images.
-    seed : int
-        Of order and augmentation.
     checkpoint : Path, optional
         File that holds the state after the last whole epoch; where it exists, training goes on
         from there. The file is removed by the caller once the result is stored.
@@ -148,11 +120,6 @@ def fit(
         Label of a progress bar; none without it.
     after : callable, optional
         Called after each epoch with its number, from one.
-
-    Returns
-    -------
-    nn.Module
-        The same model, in evaluation mode.
 
     References
     ----------
@@ -165,7 +132,7 @@ def fit(
     passes = Passes(images.to(device), labels, batch_size, augment, seed)
     steps = max(1, len(labels) // min(batch_size, len(labels)))
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     if average:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
@@ -174,15 +141,14 @@ def fit(
             optimiser, max_lr=lr, total_steps=epochs * steps, pct_start=0.3
         )
     mean = AveragedModel(model) if average else None
+    kept = {"model": model, "optimiser": optimiser, "schedule": schedule}
+    kept |= {"mean": mean} if average else {}
     first = 0
     if checkpoint is not None and checkpoint.exists():
         state = _resumed(checkpoint, device)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
         first = state["epoch"]
-        if mean is not None:
-            mean.load_state_dict(state["mean"])
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
 
     bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
     passes.epoch = first
@@ -202,17 +168,8 @@ def fit(
             after(epoch + 1)
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            state = BytesIO()
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "mean": None if mean is None else mean.state_dict(),
-                    "epoch": epoch + 1,
-                },
-                state,
-            )
+            states = {name: part.state_dict() for name, part in kept.items()}
+            torch.save(states | {"epoch": epoch + 1}, state := BytesIO())
             write_bytes(checkpoint, state.getvalue())
     bar.close()
     if mean is not None:

@@ -31,23 +31,10 @@ HOLDS, OPEN, FAILS = "holds", "open", "fails"
 class Claim:
     """One sentence that is tested.
 
-    Attributes
-    ----------
-    id : str
-        Such as ``C1``.
-    claim : str
-        The sentence, with the reading it is tested in.
-    where : str
-        Data set and network.
-    expected : str
-        What the paper says, or what was expected.
-    ours : str
-        What was measured, with its 95 % interval where there are several seeds.
-    verdict : str
-        ``holds``, ``fails``, or ``open``: the interval over seeds contains the threshold, or curves
-        have too little in common.
-    seeds : tuple of int
-        Of the networks that were measured.
+    ``claim`` holds the reading it is tested in, ``where`` data set and network, ``expected`` what
+    the paper says or what was expected, ``ours`` what was measured, with its 95 % interval where
+    there are several seeds. ``verdict`` is ``holds``, ``fails``, or ``open``: the interval over
+    ``seeds`` contains the threshold, or curves have too little in common.
     """
 
     id: str
@@ -72,22 +59,10 @@ def judge(
 ) -> str:
     """Decide whether a mean over seeds is on the wanted side of a threshold. The one place for it.
 
-    Parameters
-    ----------
-    values : iterable of float
-        One for each seed.
-    threshold : float
-        What they are compared with.
-    wanted : callable
-        (mean, threshold) -> bool, such as ``operator.ge``.
-    also : bool
-        What has to be true besides, whatever the values.
-
-    Returns
-    -------
-    str
-        ``open`` where the mean's 95 % interval (Student's t) contains the threshold; a single
-        value is compared as it is.
+    ``values`` are one for each seed; ``wanted`` takes their mean and the threshold, such as
+    ``operator.ge``; ``also`` has to be true besides, whatever the values. The verdict is ``open``
+    where the mean's 95 % interval (Student's t) contains the threshold; a single value is compared
+    as it is.
     """
     mean, half = float(np.mean(list(values))), interval(values)
     if not also:
@@ -103,26 +78,27 @@ def all_of(verdicts: Iterable[str]) -> str:
     return FAILS if FAILS in verdicts else OPEN if OPEN in verdicts else HOLDS
 
 
+def held(verdicts: pd.Series) -> str:
+    """How many claims hold, such as ``3 of 5``."""
+    return f"{(verdicts == HOLDS).sum()} of {len(verdicts)}"
+
+
+def key(row: dict) -> tuple[str, ...]:
+    """What a claim as it is written is told from others by."""
+    return row["notebook"], row["id"], row["where"], row["claim"]
+
+
 def overview(claims: pd.DataFrame) -> pd.DataFrame:
     """Count verdicts: a row for each of ``TITLES``, a column for each network.
 
-    Parameters
-    ----------
-    claims : DataFrame
-        With columns id, where and verdict; a row for each reading.
-
-    Returns
-    -------
-    DataFrame
-        id, claim, and under each network's name ``n of m``: so many of its readings hold, and how
-        many are open, if any; empty where a network was not asked.
+    ``claims`` has a row for each reading, with id, where and verdict. A cell says ``n of m``: so
+    many of its readings hold, and how many are open, if any; empty where a network was not asked.
     """
     claims = claims[claims["id"].isin(TITLES)].replace({"where": {r"-s\d+$": ""}}, regex=True)
     groups = claims.groupby(["id", "where"], sort=False)["verdict"]
     said = groups.agg(
         lambda found: (
-            f"{(found == HOLDS).sum()} of {len(found)}"
-            + (f", {(found == OPEN).sum()} open" if (found == OPEN).any() else "")
+            held(found) + (f", {(found == OPEN).sum()} open" if (found == OPEN).any() else "")
         )
     )
     order = [identifier for identifier in TITLES if identifier in set(claims["id"])]

@@ -5,9 +5,10 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from .networks import build
 from .profiles import Case
 from .records import git, read_claims, read_records
 from .sweep import Study
+from .verdicts import key
 
 TOLERANCE = 0.2
 """Points of accuracy by which processors may differ in rounding."""
@@ -36,7 +38,8 @@ _CASE = ["dataset", "model", "seed"]
 _NUMBERS = ["density", "ratio", "bits", "val_accuracy", "test_accuracy"]
 _RUN = [*_CASE, "per_class", "file_bytes"]
 
-Check = tuple[str, str, str, str]
+Check = tuple[str, str, Callable[[], tuple[bool, str]]]
+"""What is checked, what is committed of it, and what says whether it agrees and was measured."""
 
 
 def verify(study: Study) -> int:
@@ -47,16 +50,9 @@ def verify(study: Study) -> int:
     claims must follow from the tables, and ``CLAIMS.md`` and the README's tables from the claims.
     Networks and records of the quick profile are not committed, so there these are not checked.
 
-    Parameters
-    ----------
-    study : Study
-        Of the profile whose ``results/<profile>`` is verified, as git's HEAD has it; without git,
-        or with ``RESULTS_ROOT``, as it is in that folder.
-
-    Returns
-    -------
-    int
-        Zero if every check that could be made passed, and one could be made; else one.
+    The profile's ``results/<profile>`` is verified as git's HEAD has it; without git, or with
+    ``RESULTS_ROOT``, as it is in that folder. Gives zero if every check that could be made passed,
+    and one could be made; else one.
     """
     counts = {"pass": 0, "FAIL": 0, "no data": 0}
     with _committed(study) as (root, said):
@@ -69,13 +65,28 @@ def verify(study: Study) -> int:
         if (results / "CLAIMS.md").exists():
             groups.append(_texts(results))
         for checks in groups:
-            for verdict, what, measured, committed in checks:
+            for what, committed, check in checks:
+                verdict, measured = _verdict(check)
                 counts[verdict] += 1
                 print(f"{verdict:8} {what:54} {measured:>18} {committed:>18}", flush=True)
-        for line in _remarks(results):
-            print(line)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return 1 if counts["FAIL"] or not counts["pass"] else 0
+
+
+def _verdict(check: Callable[[], tuple[bool, str]]) -> tuple[str, str]:
+    try:
+        good, measured = check()
+    except DataNotFoundError:
+        return "no data", ""
+    except (CompressedFileError, FileNotFoundError) as error:
+        print(error)
+        good, measured = False, ""
+    return "pass" if good else "FAIL", measured
+
+
+def _known(good: bool, measured: object = "") -> Callable[[], tuple[bool, str]]:
+    """The check of what is known already."""
+    return lambda: (good, str(measured))
 
 
 @contextmanager
@@ -102,108 +113,86 @@ def _models(results: Path) -> Iterator[Check]:
     """Size and accuracy of the compressed models."""
     records = sorted(results.glob("models*/*.json"))
     if not records:
-        yield "FAIL", "no model is committed", "", ""
+        yield "no model is committed", "", _known(False)
     for record in records:
-        row, path = json.loads(record.read_text()), record.with_suffix(".xaic")
+        row = json.loads(record.read_text())
         committed = f"{row['test_accuracy']:.2f} {row['file_bytes']:>9}"
-        try:
-            images, labels = split(row["dataset"], "test")
-            empty = build(row["model"], channels=images.shape[1])
-            measured = evaluate(Compressed.load(path).to_model(empty), images, labels)
-        except DataNotFoundError:
-            yield "no data", record.stem, "", committed
-            continue
-        except (CompressedFileError, FileNotFoundError) as error:
-            print(error)
-            yield "FAIL", record.stem, "", committed
-            continue
-        size = path.stat().st_size
-        good = size == row["file_bytes"] and abs(measured - row["test_accuracy"]) <= TOLERANCE
-        yield "pass" if good else "FAIL", record.stem, f"{measured:.2f} {size:>9}", committed
+        yield record.stem, committed, partial(_model, row, record.with_suffix(".xaic"))
+
+
+def _model(row: dict, path: Path) -> tuple[bool, str]:
+    images, labels = split(row["dataset"], "test")
+    empty = build(row["model"], channels=images.shape[1])
+    measured = evaluate(Compressed.load(path).to_model(empty), images, labels)
+    size = path.stat().st_size
+    good = size == row["file_bytes"] and abs(measured - row["test_accuracy"]) <= TOLERANCE
+    return good, f"{measured:.2f} {size:>9}"
 
 
 def _bases(results: Path, study: Study) -> Iterator[Check]:
     """Accuracy of the base networks in ``bases.csv`` that belong to the study."""
     table = _base_table(results)
     if table.empty:
-        yield "FAIL", "no base network is committed", "", ""
+        yield "no base network is committed", "", _known(False)
     for row in table.to_dict("records"):
-        case, committed = Case(row["dataset"], row["model"], row["seed"]), f"{row['test']:.2f}"
-        if case not in study.cases:
-            continue
-        if not is_trained(*astuple(case), results / "checkpoints"):
-            yield "FAIL", f"base {case}", "no checkpoint", committed
-            continue
-        try:
-            network = base(*astuple(case), results / "checkpoints")
-            measured = evaluate(network, *split(case.dataset, "test"))
-        except DataNotFoundError:
-            yield "no data", f"base {case}", "", committed
-            continue
-        good = abs(measured - row["test"]) <= TOLERANCE
-        yield "pass" if good else "FAIL", f"base {case}", f"{measured:.2f}", committed
+        case = Case(row["dataset"], row["model"], row["seed"])
+        if case in study.cases:
+            check = partial(_base, case, results / "checkpoints", row["test"])
+            yield f"base {case}", f"{row['test']:.2f}", check
+
+
+def _base(case: Case, folder: Path, committed: float) -> tuple[bool, str]:
+    if not is_trained(*astuple(case), folder):
+        return False, "no checkpoint"
+    measured = evaluate(base(*astuple(case), folder), *split(case.dataset, "test"))
+    return abs(measured - committed) <= TOLERANCE, f"{measured:.2f}"
 
 
 def _tables(results: Path) -> Iterator[Check]:
-    """Rows of the tables that records of runs account for."""
+    """Rows of the tables that records of runs account for; by how many versions of the code."""
     known = pd.DataFrame(read_records(results / "runs"))
     same = {"val": "base_val_accuracy", "test": "base_test_accuracy"}
     bases = _base_table(results).rename(columns=same)
     if known.empty or bases.empty:
-        yield "FAIL", "no record of a run is committed", "", ""
+        yield "no record of a run is committed", "", _known(False)
         return
+    known["code"] = known["provenance"].str["code"]
     for name, table in _run_tables(results):
-        traced = set(_agreeing(table, known, _RUN, _NUMBERS)["index"])
-        based = set(_agreeing(table, bases, _CASE, [*same.values()])["index"])
-        count = len(traced & based)
-        verdict = "pass" if count == len(table) else "FAIL"
-        yield verdict, f"rows of {name} from runs", str(count), str(len(table))
+        runs = _agreeing(table, known, _RUN, _NUMBERS, "code")
+        based = _agreeing(table, bases, _CASE, [*same.values()])
+        count = len(set(runs["index"]) & set(based["index"]))
+        yield f"rows of {name} from runs", str(len(table)), _known(count == len(table), count)
+        if (codes := runs["code"].nunique()) > 1:
+            print(f"{name}: its rows come from {codes} versions of the code")
 
 
 def _claims(results: Path, study: Study) -> Iterator[Check]:
     """Claims against what the same functions say of the tables."""
     rows = read_claims(results)
-    committed = {_key(row): row for row in rows}
+    committed = {key(row): row for row in rows}
     again = claims.from_tables(
         lambda name: pd.read_csv(results / f"{name}.csv"), study.profile.finetune, rows
     )
     good = 0
     for row in again:
-        before = committed.pop(_key(row), {"verdict": "not there", "ours": ""})
+        before = committed.pop(key(row), {"verdict": "not there", "ours": ""})
         if before == row:
             good += 1
             continue
         print(f"{row['id']} {row['where']}: {row['ours']}, not {before['ours']}")
-        yield "FAIL", f"{row['id']} {row['where']}", row["verdict"], before["verdict"]
+        yield f"{row['id']} {row['where']}", before["verdict"], _known(False, row["verdict"])
     if good:
-        yield "pass", "claims that follow from the tables", str(good), str(len(again))
-
-
-def _key(row: dict) -> tuple[str, ...]:
-    return row["notebook"], row["id"], row["where"], row["claim"]
+        yield "claims that follow from the tables", str(len(again)), _known(True, good)
 
 
 def _texts(results: Path) -> Iterator[Check]:
     """``CLAIMS.md`` and the README's tables."""
     same = (results / "CLAIMS.md").read_text() == publish.claims_text(results)
-    yield "pass" if same else "FAIL", "CLAIMS.md from the claims", "", ""
-    root = results.parents[1]
-    readme = root / "README.md"
+    yield "CLAIMS.md from the claims", "", _known(same)
+    readme = results.parents[1] / "README.md"
     if readme.exists():
-        same = publish.filled(readme.read_text(), root) == readme.read_text()
-        yield "pass" if same else "FAIL", "tables of README.md from results/", "", ""
-
-
-def _remarks(results: Path) -> Iterator[str]:
-    """Tables whose rows were made by more than one version of the code."""
-    known = pd.DataFrame(read_records(results / "runs"))
-    if known.empty:
-        return
-    known["code"] = known["provenance"].map(lambda where: where["code"])
-    for name, table in _run_tables(results):
-        codes = _agreeing(table, known, _RUN, _NUMBERS, "code")["code"].nunique()
-        if codes > 1:
-            yield f"{name}: its rows come from {codes} versions of the code"
+        same = publish.filled(readme.read_text(), readme.parent) == readme.read_text()
+        yield "tables of README.md from results/", "", _known(same)
 
 
 def _run_tables(results: Path) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -30,18 +30,18 @@ def on_both(identifier, sentence, what, found):
 def test_answers_count_what_holds_and_neither_what_is_open_nor_what_fails():
     rows = [row("C1", SMALL, "holds"), row("C1", SMALL, "open"), row("C1", LARGE, "fails"),
             row("C2", LARGE, "holds"), row("C3", SMALL, "open")]  # fmt: skip
-    assert answers.ANSWERS["05-xai-baseline"](rows) == (
+    assert answers.ANSWERS["05-xai-baseline"](pd.DataFrame(rows)) == (
         "How many readings hold: 64 % smaller, 1 of 2 on LeNet-5 on digits, 0 of 1 on ResNet-8 on "
         "digits; 42 % more accurate, 1 of 1 on ResNet-8 on digits; at most one point lost, 0 of 1 "
         "on LeNet-5 on digits."
     )
     trained = [row("B1", SMALL, "holds", ours="97.22"), row("B1", LARGE, "open", ours="95.90")]
-    said = answers.ANSWERS["01-train"](trained)
+    said = answers.ANSWERS["01-train"](pd.DataFrame(trained))
     assert said.startswith("1 of 2 are for certain")
     assert "LeNet-5 on digits 97.22 % (known for 96.0 %); ResNet-8 on digits 95.90 %" in said
     needed = on_both("A1", "the reading needs {}", "verdict",
                      {"refitting": ("holds", "holds"), "rounds": ("holds", "open")})  # fmt: skip
-    said = answers.ANSWERS["07-which-ingredient"](needed)
+    said = answers.ANSWERS["07-which-ingredient"](pd.DataFrame(needed))
     assert said == "Of 2 networks, so many need it — 2: refitting; 1: rounds."
 
 
@@ -50,14 +50,14 @@ def test_answers_tell_readings_apart():
         "literal, no training": ("83.06 points lost", "88.61 points lost"),
         "the half nearest zero": ("-0.28 points lost", "1.11 points lost"),
     })  # fmt: skip
-    said = answers.ANSWERS["03-pruning"](lost)
+    said = answers.ANSWERS["03-pruning"](pd.DataFrame(lost))
     assert "all at once they cost 83.1 to 88.6 points" in said
     assert "the rest refitted, cost -0.3 to 1.1" in said
     tested = on_both("C5", "s ({})", "verdict", {
         "rate-distortion by relevance": ("holds", "fails"),
         "tiers by |relevance|": ("fails", "open"),
     })  # fmt: skip
-    said = answers.ANSWERS["04-mixed-precision"](tested)
+    said = answers.ANSWERS["04-mixed-precision"](pd.DataFrame(tested))
     assert "on 1 of 2 networks if relevance weighs the rounding" in said
     assert "and on 0 of 2 networks if it ranks weights" in said
 

@@ -95,6 +95,10 @@ def test_a_curve_is_not_continued_beyond_its_ends():
 NO = float("nan")
 
 
+def rates(differences):
+    return pd.DataFrame(differences).rename(columns={"percent": "bd_rate"})
+
+
 @pytest.mark.parametrize(
     "percents, wanted, verdict",
     [
@@ -118,13 +122,13 @@ def test_verdicts_go_by_the_interval_and_where_there_is_none_by_the_reason(
     percents, wanted, verdict
 ):
     found = [Difference(NO, p) if isinstance(p, str) else Difference(p) for p in percents]
-    assert bd_verdict(found, wanted) == verdict
+    assert bd_verdict(rates(found), wanted) == verdict
 
 
 def test_what_is_not_a_number_is_told_with_its_reason():
     some = [Difference(-5.0), Difference(-7.0), Difference(NO, APART)]
-    assert bd_text(some) == f"-6.0 ± 12.7 %, {APART} (1 of 3 seeds)"
-    assert bd_text([Difference(NO, APART)] * 2) == APART
+    assert bd_text(rates(some)) == f"-6.0 ± 12.7 %, {APART} (1 of 3 seeds)"
+    assert bd_text(rates([Difference(NO, APART)] * 2)) == APART
 
 
 def test_pairs_are_compared_seed_by_seed():
@@ -135,9 +139,9 @@ def test_pairs_are_compared_seed_by_seed():
     ]
     alone = curve(LOST, SIZES).assign(recipe="ours", seed=0, model="other")
     table = pd.concat([pd.concat(parts).assign(model="m"), alone]).assign(dataset="d")
-    rates = bd_rates(table, [("ours", "theirs"), ("theirs", "ours")])
-    assert rates["bd_rate"].tolist() == pytest.approx([-50, 100, -40, 200 / 3])
-    assert set(rates["model"]) == {"m"}  # the other network has no rival
-    shown = bd_table(rates)
+    found = bd_rates(table, [("ours", "theirs"), ("theirs", "ours")])
+    assert found["bd_rate"].tolist() == pytest.approx([-50, 100, -40, 200 / 3])
+    assert set(found["model"]) == {"m"}  # the other network has no rival
+    shown = bd_table(found)
     assert shown.columns.tolist() == ["recipe", "against", "d-m"]
     assert shown["d-m"].tolist()[0].startswith("-45.0 ± ")

@@ -118,10 +118,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         records.write_json(path, [object()])
     assert json.loads(path.read_text()) == [1] and len(list(tmp_path.iterdir())) == 1
-
-
-def test_claims_of_before_are_read(tmp_path):
-    old = {"id": "C1", "claim": "s", "where": "w", "paper": "64 %", "ours": "9 %", "holds": False}
-    records.write_json(tmp_path / "claims-01.json", [old | {"notebook": "01"}])
-    (claim,) = records.read_claims(tmp_path)
-    assert claim["expected"] == "64 %" and claim["verdict"] == "fails" and "paper" not in claim

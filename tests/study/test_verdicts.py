@@ -7,12 +7,11 @@ import pytest
 
 from study import claims
 from study.readings import (
-    ablation_claims,
     headline,
     precision_claims,
     removal_claims,
-    sign_claims,
     size_claims,
+    worse_claims,
 )
 from study.tables import interval, operating_points, smallest_files, summarise, text
 from study.verdicts import FAILS, HOLDS, OPEN, all_of, judge, overview
@@ -80,7 +79,7 @@ def test_removal_and_sign():
     pair = _runs([("lrp", 8, 9, 97.5, 97.5), ("reversed", 8, 9, 97.6, 97.4)])
     (claim,) = removal_claims(pair, "lrp", "gently")
     assert claim.verdict == HOLDS and claim.ours == "60 % removed, 0.50 points lost"
-    (claim,) = sign_claims(pair, "lrp", "reversed", "gently")
+    (claim,) = worse_claims(pair, "C4s", "worse", "lrp", {"gently": "reversed"})
     assert claim.verdict == FAILS and claim.ours == "0.10 points worse"
 
 
@@ -154,7 +153,7 @@ def test_seeds_are_told_and_their_spread_leaves_open():
     table = pd.concat([_runs(pair, seed=3), _runs(far, seed=4)])
     (claim,) = removal_claims(table, "lrp", "x")
     assert claim.seeds == (3, 4) and claim.verdict == HOLDS and claim.row("n")["holds"] is True
-    (claim,) = sign_claims(table, "lrp", "reversed", "x")
+    (claim,) = worse_claims(table, "C4s", "worse", "lrp", {"x": "reversed"})
     assert claim.verdict == OPEN and claim.row("n")["holds"] is False
     assert claim.row("n")["seeds"] == [3, 4]
 
@@ -232,7 +231,8 @@ def test_intervals_are_student_t():
 
 def test_an_ingredient_is_needed_where_leaving_it_out_costs_a_point():
     rows = [("all", 1, 9, 0, 97.0), ("less", 1, 9, 0, 95.5), ("same", 1, 9, 0, 96.5)]
-    claims = ablation_claims(_runs(rows), "all", {"this": "less", "that": "same"})
+    without = {"needs this": "less", "needs that": "same"}
+    claims = worse_claims(_runs(rows), "A1", "worse without", "all", without)
     assert [(c.claim.split()[-1], c.verdict) for c in claims] == [("this", HOLDS), ("that", FAILS)]
     assert claims[0].ours == "1.50 points worse"
 
@@ -289,5 +289,5 @@ def test_within_one_point_is_one_point():
 
 def test_an_ingredient_that_does_harm_is_not_needed():
     rows = [("all", 1, 9, 0, 90.0), ("less", 1, 9, 0, 95.0)]
-    (claim,) = ablation_claims(_runs(rows), "all", {"this": "less"})
+    (claim,) = worse_claims(_runs(rows), "A1", "worse without", "all", {"this": "less"})
     assert claim.verdict == FAILS and claim.ours == "-5.00 points worse"
