@@ -15,13 +15,15 @@ class Profile:
         By data set and model the seeds, each of which trains and compresses its own network.
     per_class : int
         Reference images of each class, from the training split.
+    more : int
+        So many where it is asked what more of them bring.
     finetune : int
         Steps, for every recipe that fine-tunes.
     training : int
         Steps, for every quantizer that trains.
     knobs : dict of str to tuple of float
         For each quantizer (a value of ``records.STORES``), the settings of its knob that make a
-        curve.
+        curve; those of ``Sequential`` where there are more images, since these bear more.
     special : dict of str to dict of str to tuple of float
         By model the knobs that differ: where a curve bends elsewhere, or a run takes long.
     kept : dict of str to tuple of float
@@ -31,12 +33,14 @@ class Profile:
         validation split.
     slow : tuple of str
         Models that ablations leave out, since they take hours there.
-    untrained : tuple of str
-        Patterns of cases that quantizers which train leave out: without a GPU they take hours.
+    left_out : dict of str to tuple of str
+        By part of the study ("training", "more images") the patterns of cases that go without it:
+        without a GPU they take hours.
     """
 
     networks: dict[str, dict[str, tuple[int, ...]]]
     per_class: int
+    more: int
     finetune: int
     training: int
     knobs: dict[str, tuple[float, ...]]
@@ -44,11 +48,11 @@ class Profile:
     kept: dict[str, tuple[float, ...]]
     optimisers: dict[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
-    untrained: tuple[str, ...] = ()
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def trained(self, case: "Case") -> bool:
-        """Whether quantizers that train are tried on a case."""
-        return not any(fnmatch(str(case), pattern) for pattern in self.untrained)
+    def takes(self, part: str, case: "Case") -> bool:
+        """Whether a case takes part in what ``left_out`` names."""
+        return not any(fnmatch(str(case), pattern) for pattern in self.left_out.get(part, ()))
 
 
 def _prices(steps: Iterable[float], per_decade: int = 4) -> tuple[float, ...]:
@@ -59,6 +63,7 @@ PROFILES = {
     "quick": Profile(
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
+        more=100,
         finetune=50,
         training=50,
         knobs={
@@ -67,12 +72,13 @@ PROFILES = {
             "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
             "Sequential": (0.01, 0.03),
+            "more images": (0.03, 0.1),
             "Trained": (0.01, 0.03),
             "ECQx": (1, 10),
         },
         special={},
         kept={"": (0.4, 0.15)},
-        untrained=("digits-lenet5*",),
+        left_out={"training": ("digits-lenet5*",)},
     ),
     "paper": Profile(
         {
@@ -80,6 +86,7 @@ PROFILES = {
             "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
         },
         per_class=50,
+        more=500,
         finetune=300,
         training=1000,  # three passes over CIFAR-10, two over MNIST
         knobs={
@@ -88,6 +95,7 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
+            "more images": _prices(range(13, 31, 2), 12),
             "Trained": _prices(range(5, 9)),
             "ECQx": _prices(range(7, 11), 2),
         },
@@ -110,7 +118,7 @@ PROFILES = {
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
-        untrained=("mnist-lenet5*", "cifar10*"),
+        left_out={"training": ("mnist-lenet5*", "cifar10*"), "more images": ("cifar10*",)},
     ),
 }
 
