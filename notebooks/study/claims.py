@@ -67,10 +67,19 @@ CONTRIBUTION = [
     *((f"{ours}, pruned, sequential", "alike, pruned, sequential") for ours in WAYS.values()),
 ]  # fmt: skip
 """Recipes that differ in how units are weighed alone."""
+MORE = {name: f"{name}, sequential, more images" for name in ("lrp root", *CRITERIA, CONTROLS[0])}
+"""Recipes that code layer after layer, with ten times the reference images."""
+MORE_BRINGS = [(more, f"{name}, sequential") for name, more in MORE.items()]
+MORE_CONTRIBUTION = [(MORE["lrp root"], other) for other in list(MORE.values())[1:]]
 TRAINED = "lrp root, trained"
 TRAINED_RIVALS = ("alike, trained", "shuffled root, trained", "ECQx")
 """Recipes that train: ours; those that weigh units otherwise, and the rival."""
-BD_PAIRS = [*((sequential, name) for name, sequential in SEQUENTIAL.items()), *CONTRIBUTION]
+BD_PAIRS = [
+    *((sequential, name) for name, sequential in SEQUENTIAL.items()),
+    *MORE_BRINGS,
+    *CONTRIBUTION,
+    *MORE_CONTRIBUTION,
+]
 
 
 def saved(case: Case, model: nn.Module, compressed: Compressed, path: Path) -> list[Claim]:
@@ -218,10 +227,16 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
         for what, name in WAYS.items()
         for other, pruned in ends
     }  # fmt: skip
+    pairs |= {
+        f"the root of relevance, from more images, needs no larger file than {other}": (
+            MORE["lrp root"], MORE[other],
+        )
+        for other in CRITERIA
+    }  # fmt: skip
     claims += size_claims(table, "C6", pairs)
     ours = {
         f"no larger than NNCodec's files at equal accuracy ({name})": (name, STANDARD)
-        for name in ("lrp root, sequential", "lrp, pruned, sequential")
+        for name in ("lrp root, sequential", "lrp, pruned, sequential", MORE["lrp root"])
     }
     for standard in _there(read, STANDARD):  # its settings together make one curve
         both = pd.concat([table, standard.assign(recipe=STANDARD)])

@@ -14,10 +14,12 @@ class Profile:
     networks: dict[str, dict[str, tuple[int, ...]]]
     """By data set and model the seeds, each of which trains and compresses its own network."""
     per_class: int  # reference images of each class, from the training split
+    more: int  # so many, where it is asked what more of them bring
     finetune: int  # steps, for every recipe that fine-tunes
     training: int  # steps, for every quantizer that trains
     knobs: dict[str, tuple[float, ...]]
-    """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve."""
+    """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve; those of
+    ``Sequential`` also for more images, which bear higher prices."""
     special: dict[str, dict[str, tuple[float, ...]]]
     """By model the knobs that differ: where a curve bends elsewhere, or a run takes long."""
     kept: dict[str, tuple[float, ...]]
@@ -26,12 +28,13 @@ class Profile:
     """By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
     validation split."""
     slow: tuple[str, ...] = ()  # models that ablations leave out, since they take hours there
-    untrained: tuple[str, ...] = ()
-    """Patterns of cases that quantizers which train leave out: without a GPU they take hours."""
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By part of the study ("training", "more images") patterns of cases that go without it: they
+    take hours without a GPU."""
 
-    def trained(self, case: "Case") -> bool:
-        """Whether quantizers that train are tried on a case."""
-        return not any(fnmatch(str(case), pattern) for pattern in self.untrained)
+    def takes(self, part: str, case: "Case") -> bool:
+        """Whether a case takes part in what ``left_out`` names."""
+        return not any(fnmatch(str(case), pattern) for pattern in self.left_out.get(part, ()))
 
 
 def _prices(steps: Iterable[float], per_decade: int = 4) -> tuple[float, ...]:
@@ -42,6 +45,7 @@ PROFILES = {
     "quick": Profile(
         {"digits": {"lenet5": (0,), "resnet8": (0,)}},
         per_class=15,
+        more=100,
         finetune=50,
         training=50,
         knobs={
@@ -50,12 +54,13 @@ PROFILES = {
             "layers": (1.5, 2, 3, 4, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
             "Sequential": (0.01, 0.03),
+            "more images": (0.03, 0.1),
             "Trained": (0.01, 0.03),
             "ECQx": (1, 10),
         },
         special={},
         kept={"": (0.4, 0.15)},
-        untrained=("digits-lenet5*",),
+        left_out={"training": ("digits-lenet5*",)},
     ),
     "paper": Profile(
         {
@@ -63,6 +68,7 @@ PROFILES = {
             "cifar10-jpeg": {"resnet20": (0, 1, 2), "vgg16": (0,)},
         },
         per_class=50,
+        more=500,
         finetune=300,
         training=1000,  # three passes over CIFAR-10, two over MNIST
         knobs={
@@ -71,6 +77,7 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
+            "more images": _prices(range(15, 31), 12),
             "Trained": _prices(range(5, 9)),
             "ECQx": _prices(range(7, 11), 2),
         },
@@ -93,7 +100,7 @@ PROFILES = {
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
-        untrained=("mnist-lenet5*", "cifar10*"),
+        left_out={"training": ("mnist-lenet5*", "cifar10*"), "more images": ("cifar10*",)},
     ),
 }
 

@@ -127,9 +127,10 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
         left.append(f"{', '.join(network(*pair) for pair in missing)} (another PROFILE)")
     slow = [network(d, m) for d, m in sorted(ran) if m in study.profile.slow]
     left += [f"{name} in ablations (hours)" for name in slow]
-    idle = [case for case in study.cases if not study.profile.trained(case)]
-    if names := dict.fromkeys(network(case.dataset, case.model) for case in idle):
-        left.append(f"{', '.join(names)} in training (hours without a GPU)")
+    for part, said in {"training": "in training", "more images": "from more images"}.items():
+        idle = [case for case in study.cases if not study.profile.takes(part, case)]
+        if names := dict.fromkeys(network(case.dataset, case.model) for case in idle):
+            left.append(f"{', '.join(names)} {said} (hours without a GPU)")
     left += [f"{i}: {TITLES[i]}" for i in TITLES if i not in asked]
     return left or ["nothing"]
 
