@@ -25,7 +25,7 @@ from .prune import Removed
 from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
-from .search import Budget, most_accurate_within, smallest_that
+from .search import Budget, Size, most_accurate_within, smallest_that
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,12 @@ def _search(
         floats = float_bytes(model)
         weights = sum(mask.numel() for mask in prepared.removed.masks.values())
         most = weights * budget.amount / 8 if budget.kind == "bits" else floats / budget.amount
-        best = most_accurate_within(most, at, recipe.store.settings)
+        store, removed, details = recipe.store, prepared.removed, prepared.details
+
+        def expected(value: float, coded: Compressed | None) -> Size:
+            return store.at(value).expected(removed, details, coded)
+
+        best = most_accurate_within(most, at, store.settings, expected, 8 * most / weights)
         least = min(tried)
         met = 8 * least / weights if budget.kind == "bits" else floats / least
         reached = (

@@ -1,12 +1,14 @@
 """Least squares for the kept weights of all units of a layer at once."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .moments import Layer, patches_of, second_moment, units_of
+from .linear import View, look_ups, patches_of, units_of
+from .moments import second_moment
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -19,10 +21,10 @@ class Equations:
     rounding of either sign.
     """
 
-    def __init__(self, layer: Layer, centre: bool = False):
-        width = layer.weight[0].numel() + 1
-        groups = getattr(layer, "groups", 1)
-        rows = len(layer.weight) // groups
+    def __init__(self, layer: Any, centre: bool = False):
+        self.view = View.of(layer)
+        groups, rows, width = self.view.rows(layer.weight).shape
+        width += 1
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
         self.layer, self.centre, self.images = layer, centre, 0
         self.gram = zeros(groups, width, width)  # summed over images and positions
@@ -50,8 +52,8 @@ class Equations:
         The ridge, positive and relative to the mean diagonal, ties weights to the present ones.
         """
         layer, gram, missing = self.layer, self.gram.clone(), self.missing
-        groups, rows, columns = missing.shape
-        kept = mask.to(gram.device).reshape(groups, rows, -1)
+        columns = missing.shape[2]
+        kept = self.view.rows(mask.to(gram.device))
         if layer.bias is None:
             gram, missing = gram[:, :-1, :-1], missing[..., :-1]
         else:
@@ -61,7 +63,8 @@ class Equations:
         gram.diagonal(dim1=1, dim2=2)[:, :inputs] += torch.where(scale > 0, ridge * scale, 1)
         solutions = zip(gram, kept, missing * kept, strict=True)
         change = torch.stack([_solve(*problem) for problem in solutions])  # [groups, rows, D]
-        layer.weight.data += change[..., :inputs].reshape(layer.weight.shape).to(layer.weight.dtype)
+        weight = self.view.weight(change[..., :inputs], layer.weight.shape)
+        layer.weight.data += weight.to(layer.weight.dtype)
         if layer.bias is not None:
             moved = (change[..., :inputs] @ self.shift.double()).squeeze(2)  # by the weights
             layer.bias.data += (change[..., -1] - moved).flatten().to(layer.bias.dtype)
@@ -82,18 +85,44 @@ class Equations:
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
-        groups = len(self.gram)
-        weight = self.layer.weight.detach().double().reshape(groups, -1, self.gram.shape[-1] - 1)
+        weight = self.view.rows(self.layer.weight.detach().double())
         sums = self.gram[:, :-1, -1:] + self.shift.double() * self.gram[:, -1:, -1:]
         total = (weight @ sums).squeeze(2)
         if self.layer.bias is None:
             return total
-        return total + self.layer.bias.detach().double().reshape(groups, -1) * self.count
+        return total + self.layer.bias.detach().double().reshape(len(weight), -1) * self.count
 
     @property
     def count(self) -> Tensor:
         """Images times positions, float64 [groups, 1]."""
         return self.gram[:, -1:, -1]
+
+
+class LookUps(Equations):
+    """The same for an embedding: each row has its own equation, its mean over the look-ups."""
+
+    def add(self, inputs: Tensor, missing: Tensor, batch_size: int = 50) -> None:
+        """See ``Equations.add``."""
+        counts = look_ups(self.layer, inputs).double()
+        self.gram[:, 0, 0] += counts
+        self.missing[..., 0].index_add_(0, inputs.flatten(), missing.double().flatten(0, -2))
+        self.images += len(inputs)
+
+    def refit(self, mask: Tensor, ridge: float) -> None:
+        """See ``Equations.refit``; the mean diagonal is that of all rows."""
+        counts = self.gram[:, 0, 0]
+        change = self.missing[..., 0] / (counts + ridge * counts.mean())[:, None]
+        self.layer.weight.data += (change * mask.to(change.device)).to(self.layer.weight.dtype)
+
+    def moment(self) -> Tensor:
+        """See ``moments.input_moments`` for tokens that were never looked up."""
+        counts = self.gram[:, :1, :1] / self.images
+        return torch.where(counts > 0, counts, counts.mean())
+
+
+def equations(layer: Any, centre: bool = False) -> Equations:
+    """Those of a layer of any kind."""
+    return (LookUps if isinstance(layer, nn.Embedding) else Equations)(layer, centre)
 
 
 def _solve(gram: Tensor, kept: Tensor, residual: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from lib.baselines import magnitude
 from lib.codec import Compressed
 from lib.compress import compress, encode, prepare, remove
 from lib.fold import fold_batchnorm
-from lib.moments import hooked, input_moments
+from lib.linear import hooked
+from lib.moments import input_moments
 from lib.prune import KeepTop, NonPositive
 from lib.quantize import (
     Codes,

@@ -1,22 +1,26 @@
 """Rate–distortion choice of codes: relevance-weighted damage against bits, errors compensated."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..linear import View, views_of
 from ..moments import input_moments
 from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
-from .columns import code_columns, code_lengths
+from .columns import cheapest, code_columns, code_lengths
 from .quantizer import Quantizer
 from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
+SAMPLE = 20_000  # weights of a layer from which its entropy is guessed
 TRIES = 3  # dampings tried, each four times the one before
 
 
@@ -27,6 +31,7 @@ class Problem:
     moments: dict[str, Tensor]  # covariances of the layers' inputs: biases take the means
     units: dict[str, Tensor]  # weight of each output unit's squared error
     damage: float  # what removing all weights would do, divided by their number
+    views: dict[str, View] = field(default_factory=dict)  # by which moments are ordered
 
 
 @dataclass(frozen=True)
@@ -56,29 +61,91 @@ class RateDistortion(Quantizer):
         """Moments, weights of the units and the unit of damage."""
         moments = input_moments(removed.network, images, centered=True)
         units = criterion(self.by).units(removed.network, images, labels)
+        views = views_of(removed.network)
         names = sorted(removed.masks.keys() & moments.keys())
-        weights = {name: removed.network.get_parameter(name) for name in names}
-        total = sum(energy(w, moments[n], units[n]) for n, w in weights.items())
+        weights = {name: removed.network.get_parameter(name).detach() for name in names}
+        total = sum(
+            energy(**_rows(views[name], weight, moments[name], units[name]))
+            for name, weight in weights.items()
+        )
         # A network whose outputs are all zero has no damage to measure by; any price will do.
         damage = total / max(1, sum(weight.numel() for weight in weights.values())) or 1.0
-        return Problem(moments, units, damage)
+        return Problem(moments, units, damage, views)
+
+    def expected(
+        self, removed: Removed, prepared: Problem, coded: Mapping[str, Any] | None
+    ) -> Callable[[float], float]:
+        """Size by the price: the entropy of weights on grids scaled with the root of the price.
+
+        At a layer's step a unit of squared error costs 6 / ln 2 bits, see ``rate_distortion``, so
+        codes follow without moments. A sample of each layer is enough, and errors are not made up
+        for: what the real file has shown sets that right.
+        """
+        if coded is None:  # 2 bits at 0.01, hardly any at 10
+            return lambda price: 0.5 * math.log2(1 + 0.15 / price)
+        layers = []
+        for name, code in coded.items():
+            if isinstance(code, Codes) and name in prepared.views and code.kind != "codebook":
+                weight, view = (
+                    removed.network.get_parameter(name).detach().cpu(),
+                    prepared.views[name],
+                )
+                step = code.grid if code.tiers is None else code.grid[code.tiers.long()]
+                rows = view.rows(weight / step)
+                units = view.units(prepared.units[name].cpu(), rows).reshape(view.groups, -1, 1)
+                damage = (units / units.mean().clamp(min=1e-30)).expand(rows.shape)
+                every = max(1, rows.numel() // SAMPLE)
+                sample = rows.flatten()[::every], damage.flatten()[::every]
+                layers.append((rows.numel(), *sample))
+
+        def size(price: float) -> float:
+            factor = (price / self.price) ** 0.5
+            return sum(n * _entropy(w / factor, 6 / math.log(2) * g) for n, w, g in layers)
+
+        return size
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
     ) -> dict[str, Codes]:
         """See ``rate_distortion``; layers whose inputs have no known moment get eight bits."""
         return {
-            name: rate_distortion(
-                weight,
-                second_moment=prepared.moments[name],
-                unit_weight=prepared.units[name],
-                lam=self.price * prepared.damage,
-                mask=masks[name],
+            name: coded(
+                prepared.views[name], weight, masks[name], prepared.moments[name],
+                prepared.units[name], self.price * prepared.damage,
             )
             if name in prepared.moments
             else uniform(weight, 8, mask=masks[name])
             for name, weight in each(weights.items())
-        }
+        }  # fmt: skip
+
+
+def _entropy(scaled: Tensor, damage: Tensor) -> float:
+    """Bits a weight of the codes of least damage + bits, without making up for errors."""
+    limit = 2**14
+    symbols = scaled.round().clamp(-limit, limit)
+    top = int(symbols.abs().max()) + 1
+    for _ in range(4):
+        bits = code_lengths(symbols, top)
+        symbols = cheapest(scaled, damage, bits)
+    return float(code_lengths(symbols, top)[(symbols + top).long()].mean())
+
+
+def coded(
+    view: View, weight: Tensor, mask: Tensor, moment: Tensor, units: Tensor, lam: float
+) -> Codes:
+    """Codes of a weight of any layer, by ``rate_distortion`` of its rows."""
+    problem: dict[str, Any] = _rows(view, weight, moment, units)
+    code = rate_distortion(**problem, lam=lam, mask=view.rows(mask).flatten(0, 1))
+    return replace(code, symbols=view.weight(code.symbols, weight.shape))
+
+
+def _rows(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> dict[str, Tensor]:
+    rows = view.rows(weight)
+    return {
+        "weight": rows.flatten(0, 1),
+        "second_moment": moment,
+        "unit_weight": view.units(units, rows),
+    }
 
 
 def energy(weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None = None) -> float:

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import moments
-from ..leastsquares import Equations
+from ..leastsquares import equations
+from ..linear import Layer, Place, View, bias_of, layers_of, opened, units_of, views_of, watch
 from ..lockstep import change_in_order, plan
-from ..moments import Layer, weight_name
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check, halved
-from .ratedistortion import Problem, RateDistortion, rate_distortion
+from .ratedistortion import Problem, RateDistortion, coded
 from .uniform import uniform
+
+MAX_ALPHABET = 2**16  # symbols of all tiers together that a file can hold
 
 
 @dataclass(frozen=True)
@@ -57,50 +59,65 @@ class Sequential(RateDistortion):
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """Weights of the units and the unit of damage; moments follow layer by layer."""
         units = criterion(self.by).units(removed.network, images, labels)
-        return Problem({}, units, _damage(removed.network, images, units))
+        damage = _damage(removed.network, images, units)
+        return Problem({}, units, damage, views_of(removed.network))
 
     def store(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Refit, code and correct layer after layer; see ``Quantizer.store``."""
         network, masks = copy.deepcopy(removed.network), removed.masks
-        codes: dict[str, Codes] = {}
+        view = opened(network)
+        codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
-        paths = {weight_name(path): path for path in plan(network, images[:2]).layers}
+        layers = layers_of(view)
+        places = {path: Place.of(path, layers[path]) for path in plan(view, images[:2]).layers}
+        places = {path: place for path, place in places.items() if place.name in masks}
         with torch.no_grad():
-            for name in masks.keys() - paths.keys():
+            for name in masks.keys() - {place.name for place in places.values()}:
                 weight = network.get_parameter(name)
-                codes[name] = uniform(weight, 8, mask=masks[name])
-                weight.copy_(codes[name].decode())
+                code = uniform(weight, 8, mask=masks[name])
+                weight.copy_(code.decode())
+                codes[name] = {0: code}
                 done(name)
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
-            name = weight_name(path)
-            equations = Equations(layer, centre=layer.bias is not None)
-            equations.add(a, wanted - z)
-            if layer.bias is not None and moments.unsupported(equations.plain(), equations.images):
+            place, bias = places[path], bias_of(layer)
+            mask, units = place(masks[place.name]), place(prepared.units[place.name])
+            problem = equations(layer, centre=bias is not None)
+            problem.add(a, wanted - z)
+            if bias is not None and moments.unsupported(problem.plain(), problem.images):
                 weak.append(path)
-            total = equations.missing[..., -1] + equations.outputs()  # of what is wanted
-            equations.refit(masks[name], self.ridge)
-            codes[name] = rate_distortion(
-                layer.weight,
-                second_moment=equations.moment(),
-                unit_weight=prepared.units[name],
-                lam=self.price * prepared.damage,
-                mask=masks[name],
-            )
-            layer.weight.copy_(codes[name].decode())
-            if layer.bias is not None:
-                left = ((total - equations.outputs()) / equations.count).flatten()
+            if bias is not None:
+                total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
+            problem.refit(mask, self.ridge)
+            lam = self.price * prepared.damage
+            code = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(), units, lam)
+            codes.setdefault(place.name, {})[place.first or 0] = code
+            layer.weight.copy_(code.decode())
+            if bias is not None:
+                left = ((total - problem.outputs()) / problem.count).flatten()
                 # as it will be stored, so that later layers see it
-                layer.bias.copy_(halved(layer.bias + left.to(layer.bias.dtype)))
-            done(name)
+                bias.copy_(halved(bias + left.to(bias.dtype)))
+            if place.last in (None, len(masks[place.name])):
+                done(place.name)
 
-        names = {path for name, path in paths.items() if name in masks}
-        change_in_order(removed.folded.network, network, images, names, change)
+        change_in_order(opened(removed.folded.network), view, images, set(places), change)
         if weak:
             moments.warn_of(weak, len(images))
-        return network, {name: codes[name] for name in masks}
+        return network, {name: _joined(codes[name]) for name in masks}
+
+
+def _joined(parts: dict[int, Codes]) -> Codes:
+    """Codes of a weight whose rows were coded in parts, each on a grid of its own."""
+    if len(parts) == 1:
+        return parts[0]
+    codes = [parts[first] for first in sorted(parts)]
+    symbols, grid = (torch.cat([getattr(c, field) for c in codes]) for field in ("symbols", "grid"))
+    tiers = torch.cat([torch.full_like(c.symbols, i) for i, c in enumerate(codes)]).to(torch.uint8)
+    if sum(int(c.symbols.max() - c.symbols.min()) + 1 for c in codes) <= MAX_ALPHABET:
+        return Codes(symbols, grid, "tier", tiers)
+    return Codes(symbols, grid[tiers[:, 0].long()], "channel")  # which takes a step for each row
 
 
 def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> float:
@@ -109,25 +126,32 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
     It is the variance of each unit's outputs, or their second moment where no bias takes the mean:
     no moments of inputs are needed.
     """
-    network = copy.deepcopy(network).eval()
-    layers = moments.layers_of(network)
-    sums = {name: torch.zeros(3, len(layer.weight)).double() for name, layer in layers.items()}
+    network = opened(network)
+    layers = layers_of(network)
+    sums: dict[str, Tensor] = {}
 
-    def add(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        z = moments.units_of(layer, output).double()  # [groups, rows, p]
-        if layer.bias is not None:
-            z = z - layer.bias.double().reshape(len(z), -1, 1)
-        now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
-        sums[name] += now.flatten(1).cpu()
+    def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(layer, nn.Embedding):  # its units are its rows
+            z = inputs[0].new_zeros(3, len(layer.weight), dtype=torch.float64)
+            squares = output.double().square().sum(-1).flatten()
+            now = z.index_add_(1, inputs[0].flatten(), torch.stack([0 * squares, squares, squares]))
+        else:
+            z = units_of(layer, output).double()  # [groups, rows, p]
+            if layer.bias is not None:
+                z = z - layer.bias.double().reshape(len(z), -1, 1)
+            now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
+        now = now.flatten(1).cpu()
+        sums[path] = sums[path] + now if path in sums else now
 
-    moments.watch(network, images, layers, add)
+    watch(network, images, layers, add)
     total = weights = 0.0
-    for name, (first, second, count) in sums.items():
-        if bool(count.any()) and (unit := units.get(weight_name(name))) is not None:
-            if layers[name].bias is not None:
+    for path, (first, second, count) in sums.items():
+        layer, place = layers[path], Place.of(path, layers[path])
+        if (unit := units.get(place.name)) is not None:
+            if bias_of(layer) is not None:
                 means = first.square() / count
                 share = moments.borrowed(float(second.sum()), float(means.sum()), len(images))
                 second = second - means + share * second
-            total += float((second * unit.double().cpu()).sum()) / len(images)
-            weights += layers[name].weight.numel()
+            total += float((second * place(unit).double().cpu()).sum()) / len(images)
+            weights += layer.weight.numel()
     return total / max(1.0, weights) or 1.0

@@ -1,0 +1,304 @@
+"""Layers as linear maps: the rows of their weights, what these read, what they put out.
+
+Linear, embedding, convolutional and transposed convolutional layers of any stride, padding,
+dilation and grouping are handled, where they compute what torch's layers of these types do; so are
+the projections inside of ``nn.MultiheadAttention``, in a network that is ``opened``.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fold import TRANSPOSED
+from .inputs import FullPrecision, full_precision, ready, split
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | Transposed
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class View:
+    """A weight as rows [groups, rows, inputs]: each unit's output is its row times the inputs.
+
+    An embedding reads which token there is: each token is a group of one input, its row has one
+    unit for each column.
+    """
+
+    groups: int
+    inputs: int
+    turned: bool = False  # a transposed convolution's [inputs, units / groups, ...]
+    looks_up: bool = False
+
+    @classmethod
+    def of(cls, layer: Any) -> "View":
+        """How this layer's weight is read."""
+        weight: Tensor = layer.weight
+        if isinstance(layer, nn.Embedding):
+            return cls(len(weight), 1, looks_up=True)
+        groups = getattr(layer, "groups", 1)
+        if isinstance(layer, TRANSPOSED):
+            return cls(groups, weight[:, 0].numel() // groups, True)
+        return cls(groups, weight[0].numel())
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight, or what is shaped like it, as [groups, rows, inputs]."""
+        if self.turned:
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return weight.reshape(self.groups, -1, self.inputs)
+
+    def weight(self, rows: Tensor, shape: Iterable[int]) -> Tensor:
+        """The inverse of ``rows``, for a weight of that shape."""
+        shape = tuple(shape)
+        if not self.turned:
+            return rows.reshape(shape)
+        units = shape[0] // self.groups, *shape[2:]  # of the inputs of a group, and its taps
+        return rows.reshape(self.groups, shape[1], *units).transpose(1, 2).reshape(shape)
+
+    def units(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Weights of the units, as of ``Criterion.units``, for rows: [groups · rows].
+
+        Those of embeddings count its tokens, whatever the column.
+        """
+        weights = weights.reshape(self.groups, -1)
+        if self.looks_up:  # nothing is known of tokens at zero
+            known = weights > 0
+            weights = torch.where(known, weights, weights.sum() / known.sum().clamp(min=1))
+        return weights.expand(self.groups, rows.shape[1]).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's weight is stored: rows first to last, all by default, of a parameter."""
+
+    name: str
+    first: int | None = None
+    last: int | None = None
+
+    @classmethod
+    def of(cls, path: str, layer: Layer) -> "Place":
+        """That of the layer at a module path, which is empty for a bare layer."""
+        if isinstance(layer, Projection):
+            stem = path.rpartition(".")[0]
+            return cls(f"{stem}.{layer.stored}", layer.first, layer.first + len(layer.weight))
+        return cls(f"{path}.weight" if path else "weight")
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """The same rows of what is shaped like the parameter, or has an entry for each row."""
+        return stored[self.first : self.last]
+
+
+class Projection(nn.Linear):
+    """Rows of an attention's in-projection, whose memory it shares."""
+
+    def __init__(self, stored: str, first: int, weight: Tensor, bias: Tensor | None):
+        units, inputs = weight.shape
+        super().__init__(inputs, units, bias=bias is not None, device="meta")
+        self.stored, self.first = stored, first
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+
+class Attention(nn.Module):
+    """What ``nn.MultiheadAttention`` computes, by layers of their own.
+
+    Heads, masks and what is appended to keys and values are those of torch's, whose projections
+    are made the identity.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        size, stored = attention.embed_dim, dict(attention.named_parameters(recurse=False))
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        whole = stored.get("in_proj_weight")
+        for part, (letter, bias) in enumerate(zip("qkv", biases, strict=True)):
+            name, first = f"{letter}_proj_weight", 0
+            weight: Tensor | None = stored.get(name)
+            if whole is not None:
+                name, first = "in_proj_weight", part * size
+                weight = whole[first : first + size]
+            assert weight is not None
+            self.add_module(f"in_proj_{letter}", Projection(name, first, weight, bias))
+        self.out_proj = attention.out_proj
+        self.core = copy.deepcopy(attention)
+        core: Any = self.core
+        unit = torch.eye(size, dtype=self.out_proj.weight.dtype, device=self.out_proj.weight.device)
+        core._qkv_same_embed_dim, core.kdim, core.vdim = True, size, size
+        core.q_proj_weight = core.k_proj_weight = core.v_proj_weight = core.in_proj_bias = None
+        core.in_proj_weight = nn.Parameter(unit.repeat(3, 1))
+        core.out_proj.weight, core.out_proj.bias = nn.Parameter(unit), None
+
+    def __getattr__(self, name: str) -> Any:
+        """What others ask an attention about, such as ``batch_first``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("core"), name)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``nn.MultiheadAttention``."""
+        query, key, value = self.in_proj_q(query), self.in_proj_k(key), self.in_proj_v(value)
+        heads, weights = self.core(query, key, value, *args, **kwargs)
+        return self.out_proj(heads), weights
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that shares all parameters, attentions by layers of their own."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
+    replaced: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        plain = getattr(module.forward, "__func__", None) is nn.MultiheadAttention.forward
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if path and plain and isinstance(module, nn.MultiheadAttention) and not hooks:
+            new = replaced.setdefault(id(module), Attention(module).eval())
+            model.set_submodule(path, new)
+    return model
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """Layers whose inputs and units are known here, by module path.
+
+    Not those of subclasses that compute something else, nor embeddings of which another layer
+    reads the weight, or that change it as they run.
+    """
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, KINDS) and _is_torchs(layer)
+        and not (isinstance(layer, nn.Embedding)
+                 and (layer.max_norm is not None or owners[id(layer.weight)] > 1))
+    }  # fmt: skip
+
+
+def views_of(model: nn.Module) -> dict[str, View]:
+    """How stored weights are read, by name; an in-projection by query, key and value apart."""
+    views: dict[str, View] = {}
+    for path, layer in layers_of(opened(model)).items():
+        name, view = Place.of(path, layer).name, View.of(layer)
+        groups = views[name].groups + 1 if name in views else view.groups
+        views[name] = replace(view, groups=groups)
+    return views
+
+
+def _is_torchs(layer: Layer) -> bool:
+    """Whether it computes what its type says, from its own weight: subclasses need not."""
+    kind = next(k for k in KINDS if isinstance(layer, k))
+    forward = getattr(layer.forward, "__func__", None)
+    inner = getattr(type(layer), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return forward is kind.forward and inner and not hooks and "weight" in layer._parameters
+
+
+def bias_of(layer: Layer) -> Tensor | None:
+    """Its bias, if there is one."""
+    return None if isinstance(layer, nn.Embedding) else layer.bias
+
+
+def patches_of(layer: Any, inputs: Tensor) -> Tensor:
+    """Patches as columns [groups, d + 1, images · positions]; the last row is one, for the bias."""
+    if isinstance(layer, nn.Linear):
+        columns = inputs.reshape(1, -1, inputs.shape[-1]).mT
+    else:
+        columns = _convolved(layer, inputs)
+        # [images, groups, channels, *places, *taps] -> [groups, channels · taps, images · places]
+        k = len(layer.kernel_size)
+        columns = columns.unflatten(1, (layer.groups, -1))
+        columns = columns.permute(1, 2, *range(3 + k, 3 + 2 * k), 0, *range(3, 3 + k))
+        columns = columns.flatten(2 + k).flatten(1, 1 + k)
+    return F.pad(columns, (0, 0, 0, 1), value=1)
+
+
+def _convolved(layer: Any, inputs: Any) -> Tensor:
+    """What each tap reads at each place of the output [images, channels, *places, *taps]."""
+    steps, k = layer.stride, len(layer.kernel_size)
+    transposed = isinstance(layer, TRANSPOSED)
+    if transposed:
+        # zeros between the inputs, then a convolution of stride one with its taps reversed
+        shape = [(n - 1) * step + 1 for n, step in zip(inputs.shape[2:], steps, strict=True)]
+        spread = inputs.new_zeros(*inputs.shape[:2], *shape)
+        spread[(..., *(slice(None, None, step) for step in steps))] = inputs
+        pads: list[int] = []
+        sizes = zip(layer.kernel_size, layer.dilation, layer.padding, strict=True)
+        for (size, gap, pad), more in zip(sizes, layer.output_padding, strict=True):
+            reach = gap * (size - 1) - pad
+            pads = [reach, reach + more, *pads]
+        columns, steps = F.pad(spread, pads), (1,) * k
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        columns = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    sizes = zip(layer.kernel_size, layer.dilation, steps, strict=True)
+    for axis, (size, gap, step) in enumerate(sizes, 2):
+        columns = columns.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    return columns.flip(tuple(range(-k, 0))) if transposed else columns
+
+
+def units_of(layer: Layer, outputs: Tensor) -> Tensor:
+    """Pre-activations [groups, units, images · positions], of layers other than embeddings."""
+    if isinstance(layer, nn.Linear):
+        return outputs.reshape(1, -1, outputs.shape[-1]).mT
+    assert not isinstance(layer, nn.Embedding)
+    return outputs.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+def gram(layer: Layer, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Products of the inputs and a one, summed over positions [groups, d + 1, d + 1]."""
+    if isinstance(layer, nn.Embedding):
+        counts = look_ups(layer, inputs).to(dtype or layer.weight.dtype)
+        every = counts.sum().expand_as(counts)
+        return torch.stack([counts, counts, counts, every], 1).unflatten(1, (2, 2))
+    patches = patches_of(layer, inputs).to(dtype or inputs.dtype)
+    return patches @ patches.mT
+
+
+def look_ups(layer: Any, inputs: Tensor) -> Tensor:
+    """How often each token is looked up, int64 [tokens]."""
+    return inputs.flatten().bincount(minlength=layer.num_embeddings)
+
+
+@contextmanager
+def hooked(model: nn.Module, names: Iterable[str], hook: Callable) -> Iterator[None]:
+    """Call ``hook(name, layer, inputs, output)`` in forward passes, which autocast leaves alone.
+
+    Not where a layer is told more than its input, such as the size of the output.
+    """
+
+    def calling(name: str) -> Callable:
+        def called(layer: Any, args: tuple, kwargs: dict, output: Tensor) -> Any:
+            if len(args) + len(kwargs) > 1:
+                return None
+            with full_precision():
+                return hook(name, layer, args or (kwargs["input"],), output)
+
+        return called
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(calling(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        with FullPrecision():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watch(
+    model: nn.Module, images: Tensor, names: Iterable[str], hook: Callable, batch_size: int = 50
+) -> None:
+    """Run a model on images, in batches, with a hook as of ``hooked`` on the layers named."""
+    with hooked(model, names, hook), torch.no_grad():
+        for batch in split(images, batch_size):
+            model(ready(batch, model))
