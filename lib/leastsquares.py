@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import View, look_ups, patches_of, units_of
-from .moments import second_moment
+from .moments import borrowed, second_moment
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -37,13 +37,13 @@ class Equations:
         Summing what is missing, not what is wanted, leaves nothing large to cancel.
         """
         for some, few in zip(inputs.split(batch_size), missing.split(batch_size), strict=True):
-            patches = patches_of(self.layer, some)  # [groups, D, p]
+            patches = patches_of(self.layer, some, few=True)  # [groups, D, p]
             if self.centre and not self.images:
-                self.shift = patches[:, :-1].mean(2, keepdim=True)
+                self.shift = patches[:, :-1].mean(2, keepdim=True) / patches[:, -1:, :1]
             if self.centre:
-                patches[:, :-1] -= self.shift
+                patches[:, :-1] -= self.shift * patches[:, -1:, :1]
             self.gram += (patches @ patches.mT).double()
-            self.missing += (units_of(self.layer, few) @ patches.mT).double()
+            self.missing += (units_of(self.layer, few, few=True) @ patches.mT).double()
             self.images += len(some)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
@@ -80,8 +80,17 @@ class Equations:
 
         See ``moments.second_moment``.
         """
-        centered = self.layer.bias is not None
-        return second_moment(self.gram, self.images, centered=centered, plain=self.plain())
+        if self.layer.bias is None:
+            return second_moment(self.gram, self.images)
+        share = borrowed(*self.energies(), self.images)
+        return second_moment(self.gram, self.images, share, self.plain() if share else self.gram)
+
+    def energies(self) -> tuple[float, float]:
+        """As of ``moments.energies``, for the patches as they are."""
+        sums, shift = self.gram[:, :-1, -1], self.shift.squeeze(2).double()
+        total = sums + self.count * shift
+        squares = self.gram.diagonal(dim1=1, dim2=2)[:, :-1] + (sums + total) * shift
+        return float(squares.sum()), float((total.square() / self.count).sum())
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
@@ -128,6 +137,8 @@ def equations(layer: Any, centre: bool = False) -> Equations:
 def _solve(gram: Tensor, kept: Tensor, residual: Tensor) -> Tensor:
     """Changes [rows, D] of kept weights for which the masked residual [rows, D] vanishes."""
     change = torch.zeros_like(residual)
+    if kept.all():
+        return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
     if (kept == kept[0]).all():
         inputs = kept[0].nonzero().squeeze(1)
         factor = torch.linalg.cholesky(gram[inputs[:, None], inputs])

@@ -6,6 +6,7 @@ the projections inside of ``nn.MultiheadAttention``, in a network that is ``open
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .inputs import FullPrecision, full_precision, ready, split
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | Transposed
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *TRANSPOSED)
+POSITIONS = 1024  # of a convolution's output that moments are taken from in one image
 
 
 @dataclass(frozen=True)
@@ -206,18 +208,40 @@ def bias_of(layer: Layer) -> Tensor | None:
     return None if isinstance(layer, nn.Embedding) else layer.bias
 
 
-def patches_of(layer: Any, inputs: Tensor) -> Tensor:
-    """Patches as columns [groups, d + 1, images · positions]; the last row is one, for the bias."""
+def patches_of(layer: Any, inputs: Tensor, few: bool = False) -> Tensor:
+    """Patches as columns [groups, d + 1, images · positions]; the last row is one, for the bias.
+
+    With ``few`` those at the places ``chosen``, all of it scaled so that sums of products over
+    them stand for sums over all.
+    """
+    scale = 1.0
     if isinstance(layer, nn.Linear):
         columns = inputs.reshape(1, -1, inputs.shape[-1]).mT
     else:
-        columns = _convolved(layer, inputs)
+        columns, k = _convolved(layer, inputs), len(layer.kernel_size)
+        if few:
+            *where, scale = chosen(columns.shape[2 : 2 + k])
+            columns = columns[(slice(None), slice(None), *where)]
+            k = k if scale == 1 else 1
         # [images, groups, channels, *places, *taps] -> [groups, channels · taps, images · places]
-        k = len(layer.kernel_size)
         columns = columns.unflatten(1, (layer.groups, -1))
-        columns = columns.permute(1, 2, *range(3 + k, 3 + 2 * k), 0, *range(3, 3 + k))
-        columns = columns.flatten(2 + k).flatten(1, 1 + k)
-    return F.pad(columns, (0, 0, 0, 1), value=1)
+        columns = columns.permute(1, 2, *range(3 + k, columns.dim()), 0, *range(3, 3 + k))
+        columns = columns.flatten(-1 - k).flatten(1, -2)
+    columns = F.pad(columns, (0, 0, 0, 1), value=1)
+    return columns if scale == 1 else columns * scale
+
+
+def chosen(places: Iterable[int]) -> tuple[Any, ...]:
+    """At most ``POSITIONS`` places, drawn once for each shape, and the root of all to these.
+
+    A slice for each axis where that is all of them, otherwise an index.
+    """
+    shape = tuple(places)
+    count = math.prod(shape)
+    if count <= POSITIONS:
+        return (*(slice(None) for _ in shape), 1.0)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS]
+    return (*torch.unravel_index(order.sort().values, shape), math.sqrt(count / POSITIONS))
 
 
 def _convolved(layer: Any, inputs: Any) -> Tensor:
@@ -244,21 +268,31 @@ def _convolved(layer: Any, inputs: Any) -> Tensor:
     return columns.flip(tuple(range(-k, 0))) if transposed else columns
 
 
-def units_of(layer: Layer, outputs: Tensor) -> Tensor:
-    """Pre-activations [groups, units, images · positions], of layers other than embeddings."""
+def units_of(layer: Layer, outputs: Tensor, few: bool = False) -> Tensor:
+    """Pre-activations [groups, units, images · positions], of layers other than embeddings.
+
+    ``few`` as of ``patches_of``.
+    """
     if isinstance(layer, nn.Linear):
         return outputs.reshape(1, -1, outputs.shape[-1]).mT
     assert not isinstance(layer, nn.Embedding)
+    if few:
+        *where, scale = chosen(outputs.shape[2:])
+        outputs = outputs[(slice(None), slice(None), *where)]
+        outputs = outputs if scale == 1 else outputs * scale
     return outputs.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def gram(layer: Layer, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Products of the inputs and a one, summed over positions [groups, d + 1, d + 1]."""
+    """Products of the inputs and a one, summed over positions [groups, d + 1, d + 1].
+
+    Of convolutions over large images ``POSITIONS`` of each image stand for all.
+    """
     if isinstance(layer, nn.Embedding):
         counts = look_ups(layer, inputs).to(dtype or layer.weight.dtype)
         every = counts.sum().expand_as(counts)
         return torch.stack([counts, counts, counts, every], 1).unflatten(1, (2, 2))
-    patches = patches_of(layer, inputs).to(dtype or inputs.dtype)
+    patches = patches_of(layer, inputs, few=True).to(dtype or inputs.dtype)
     return patches @ patches.mT
 
 

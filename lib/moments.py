@@ -26,7 +26,7 @@ def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -
     centered : bool
         Take what is left when the bias is chosen best for any change of the weights, i.e. the
         covariance: right when biases are corrected afterwards. Layers without a bias keep the
-        plain moment. Where the images cannot support it, see ``second_moment``, sums are taken
+        plain moment. Where the images cannot support it, see ``borrowed``, sums are taken
         in float64.
 
     Returns
@@ -72,14 +72,16 @@ def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -
 
     sums = grams(layers)
     centred = [path for path in sums if centered and bias_of(layers[path]) is not None]
-    weak = [path for path in centred if unsupported(sums[path], len(images))]
+    weak = [path for path in centred if borrowed(*energies(sums[path]), len(images))]
     if centered and (named := list(sums) if len(images) < FEW else weak):
         warn_of(named, len(images))
     sums |= grams(weak, torch.float64) if weak else {}
     moments: dict[str, list[Tensor]] = {}
     for path, layer in layers.items():
         if path in sums:
-            moment = second_moment(sums[path], len(images), centered=path in centred)
+            moment = sums[path]
+            share = borrowed(*energies(moment), len(images)) if path in centred else None
+            moment = second_moment(moment, len(images), share, moment)
             if isinstance(layer, nn.Embedding):
                 moment = torch.where(moment > 0, moment, moment.mean())
             name = Place.of(path, layer).name
@@ -91,7 +93,7 @@ def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -
 
 
 def second_moment(
-    gram: Tensor, images: int, *, centered: bool, plain: Tensor | None = None
+    gram: Tensor, images: int, share: float | None = None, plain: Tensor | None = None
 ) -> Tensor:
     """Second moment of a layer's inputs [groups, d, d], from sums over the patches of images.
 
@@ -99,11 +101,11 @@ def second_moment(
     ----------
     gram : Tensor
         [groups, d + 1, d + 1], the last input a one.
-    centered : bool
+    share : float, optional
         Take the covariance C, what is left when the bias is chosen best for any change of the
-        weights. Where it is ``unsupported``, a share α of the plain moment S is added.
+        weights, and so much of the plain moment S: see ``borrowed``.
     plain : Tensor, optional
-        The gram of the inputs as they are, where that of ``gram`` were shifted.
+        The gram of the inputs as they are; that of ``gram`` may be shifted.
 
     Notes
     -----
@@ -111,11 +113,11 @@ def second_moment(
     spread, of which n images, all alike, tell nothing; so α is 1/n for few images and at least
     ``STEADY``. For one image C is zero and the plain moment is left, for many nothing is added.
     """
-    moment, plain = gram[:, :-1, :-1], gram if plain is None else plain
-    if centered:
+    moment = gram[:, :-1, :-1]
+    if share is not None:
         total = gram[:, :-1, -1:]
         moment = moment - total @ total.mT / gram[:, -1:, -1:]
-        if share := borrowed(*energies(plain), images):
+        if share and plain is not None:
             moment = moment + share * plain[:, :-1, :-1]
     return moment / images
 
@@ -134,11 +136,6 @@ def energies(gram: Tensor) -> tuple[float, float]:
     """Sum of squares of the inputs, and what their means make of it, from sums over patches."""
     energy = gram[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum()
     return float(energy), float((gram[:, :-1, -1].square() / gram[:, -1:, -1]).sum())
-
-
-def unsupported(gram: Tensor, images: int) -> bool:
-    """Whether images cannot support a covariance: they are few, or the inputs hardly vary."""
-    return borrowed(*energies(gram), images) > 0
 
 
 def warn_of(names: list[str], images: int) -> None:

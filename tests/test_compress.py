@@ -1,6 +1,7 @@
 """The pipeline: from a network and a recipe to a file, and the search for a budget."""
 
 import copy
+import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lib.quantize import RateDistortion, Sequential, Tiers, Uniform
 from lib.recipe import RECIPES, Recipe, Repair
 from lib.relevance import UnsupportedLayerError, scored_weights, weight_relevance
 from study.networks import build
+from study.training import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:compression took:UserWarning")
 LRP = "lrp-epsilon/contrastive"
@@ -169,6 +171,29 @@ def test_budgets_hold_for_the_real_file(name, least, budget, trained, references
     floats = sum(4 * value.numel() for value in trained.state_dict().values())
     most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
     assert least * most < size <= most
+
+
+@pytest.mark.parametrize("network", ["resnet8", "lenet5"])
+def test_a_budget_of_bytes_takes_at_most_three_files(
+    network, trained, digits, references, monkeypatch
+):
+    model = trained
+    if network == "lenet5":
+        model = fit(build("lenet5"), *digits, epochs=3, lr=0.05, batch_size=64)
+    module, made = sys.modules["lib.compress"], []
+    whole = module.encode
+
+    def counted(*arguments):
+        made.append(whole(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(module, "encode", counted)
+    floats = sum(4 * value.numel() for value in model.state_dict().values())
+    for ratio in (4, 8, 16, 32):
+        made.clear()
+        size = compress(model, *references, ratio=ratio).nbytes
+        assert 0.9 * floats / ratio < size <= floats / ratio
+        assert len(made) <= 3
 
 
 def test_max_drop_is_met_on_the_validation_split(trained, references, validation):

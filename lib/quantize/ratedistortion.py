@@ -32,6 +32,7 @@ class Problem:
     units: dict[str, Tensor]  # weight of each output unit's squared error
     damage: float  # what removing all weights would do, divided by their number
     views: dict[str, View] = field(default_factory=dict)  # by which moments are ordered
+    energies: dict[str, Tensor] = field(default_factory=dict)  # M_jj² of the file coded last
 
 
 @dataclass(frozen=True)
@@ -77,30 +78,29 @@ class RateDistortion(Quantizer):
     ) -> Callable[[float], float]:
         """Size by the price: the entropy of weights on grids scaled with the root of the price.
 
-        At a layer's step a unit of squared error costs 6 / ln 2 bits, see ``rate_distortion``, so
-        codes follow without moments. A sample of each layer is enough, and errors are not made up
-        for: what the real file has shown sets that right.
+        A sample of each layer is enough, and errors are not made up for: what the real file has
+        shown sets that right. Damage, steps and lam are that file's.
         """
         if coded is None:  # 2 bits at 0.01, hardly any at 10
             return lambda price: 0.5 * math.log2(1 + 0.15 / price)
         layers = []
-        for name, code in coded.items():
-            if isinstance(code, Codes) and name in prepared.views and code.kind != "codebook":
-                weight, view = (
-                    removed.network.get_parameter(name).detach().cpu(),
-                    prepared.views[name],
-                )
-                step = code.grid if code.tiers is None else code.grid[code.tiers.long()]
-                rows = view.rows(weight / step)
-                units = view.units(prepared.units[name].cpu(), rows).reshape(view.groups, -1, 1)
-                damage = (units / units.mean().clamp(min=1e-30)).expand(rows.shape)
-                every = max(1, rows.numel() // SAMPLE)
-                sample = rows.flatten()[::every], damage.flatten()[::every]
-                layers.append((rows.numel(), *sample))
+        for name, energy in prepared.energies.items():
+            code, view = coded[name], prepared.views[name]
+            step = code.grid if code.tiers is None else code.grid[code.tiers.long()]
+            step = (
+                step if code.kind == "tier" else step.reshape(-1, *[1] * (code.symbols.dim() - 1))
+            )
+            rows = view.rows(removed.network.get_parameter(name).detach().cpu() / step)
+            steps = view.rows(step.expand(code.symbols.shape))
+            units = view.units(prepared.units[name].cpu(), rows).reshape(view.groups, -1, 1)
+            damage = energy[:, None] * units * steps**2 / (self.price * prepared.damage)
+            every = max(1, rows.numel() // SAMPLE)
+            sample = rows.flatten()[::every], damage.flatten()[::every]
+            layers.append((rows.numel(), *sample))
 
         def size(price: float) -> float:
             factor = (price / self.price) ** 0.5
-            return sum(n * _entropy(w / factor, 6 / math.log(2) * g) for n, w, g in layers)
+            return sum(n * _entropy(w / factor, damage) for n, w, damage in layers)
 
         return size
 
@@ -108,15 +108,16 @@ class RateDistortion(Quantizer):
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
     ) -> dict[str, Codes]:
         """See ``rate_distortion``; layers whose inputs have no known moment get eight bits."""
-        return {
-            name: coded(
-                prepared.views[name], weight, masks[name], prepared.moments[name],
-                prepared.units[name], self.price * prepared.damage,
-            )
-            if name in prepared.moments
-            else uniform(weight, 8, mask=masks[name])
-            for name, weight in each(weights.items())
-        }  # fmt: skip
+        codes = {}
+        for name, weight in each(weights.items()):
+            if name in prepared.moments:
+                codes[name], prepared.energies[name] = coded(
+                    prepared.views[name], weight, masks[name], prepared.moments[name],
+                    prepared.units[name], self.price * prepared.damage,
+                )  # fmt: skip
+            else:
+                codes[name] = uniform(weight, 8, mask=masks[name])
+        return codes
 
 
 def _entropy(scaled: Tensor, damage: Tensor) -> float:
@@ -131,12 +132,18 @@ def _entropy(scaled: Tensor, damage: Tensor) -> float:
 
 
 def coded(
-    view: View, weight: Tensor, mask: Tensor, moment: Tensor, units: Tensor, lam: float
-) -> Codes:
-    """Codes of a weight of any layer, by ``rate_distortion`` of its rows."""
+    view: View,
+    weight: Tensor,
+    mask: Tensor,
+    moment: Tensor,
+    units: Tensor,
+    lam: float,
+    step: float | None = None,
+) -> tuple[Codes, Tensor]:
+    """Codes of a weight of any layer, by ``rate_distortion`` of its rows; M_jj² [groups, d]."""
     problem: dict[str, Any] = _rows(view, weight, moment, units)
-    code = rate_distortion(**problem, lam=lam, mask=view.rows(mask).flatten(0, 1))
-    return replace(code, symbols=view.weight(code.symbols, weight.shape))
+    code, energy = _chosen(**problem, lam=lam, step=step, mask=view.rows(mask).flatten(0, 1))
+    return replace(code, symbols=view.weight(code.symbols, weight.shape)), energy
 
 
 def _rows(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> dict[str, Tensor]:
@@ -216,6 +223,15 @@ def rate_distortion(
     ICLR 2023, section 3. Behdin et al.: QuantEase, 2023 (coordinate descent). Gish, Pierce:
     Asymptotically efficient quantizing, IEEE Trans. Information Theory 1968 (the step).
     """
+    problem: dict[str, Any] = {"second_moment": second_moment, "unit_weight": unit_weight}
+    return _chosen(weight, **problem, lam=lam, step=step, mask=mask)[0]
+
+
+def _chosen(
+    weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None, lam: float,
+    step: float | None = None, mask: Tensor | None = None,
+) -> tuple[Codes, Tensor]:  # fmt: skip
+    """See ``rate_distortion``; also M_jj² of the inputs [groups, d]."""
     kept, weight = mask_like(weight, mask), kept_weight(weight, None)
     moment, units, order = _problem(weight, second_moment, unit_weight)
     factor, moment, damping = _triangular(moment)
@@ -242,7 +258,9 @@ def rate_distortion(
         symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits)
         if turn > 1 and (symbols != before).float().mean() < 0.01:
             break
-    return Codes(symbols[:, order.argsort()].mT.reshape(weight.shape).int(), grid, "uniform")
+    back = order.argsort()
+    symbols = symbols[:, back].mT.reshape(weight.shape).int()
+    return Codes(symbols, grid, "uniform"), factor.diagonal(dim1=1, dim2=2).square()[:, back]
 
 
 def _problem(

@@ -1,14 +1,27 @@
 """Rate-distortion layer after layer: each takes back the errors of those before it."""
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import moments
 from ..leastsquares import equations
-from ..linear import Layer, Place, View, bias_of, layers_of, opened, units_of, views_of, watch
+from ..linear import (
+    Layer,
+    Place,
+    Projection,
+    View,
+    bias_of,
+    layers_of,
+    opened,
+    units_of,
+    views_of,
+    watch,
+)
 from ..lockstep import change_in_order, plan
 from ..progress import done
 from ..prune import Removed
@@ -17,6 +30,7 @@ from .codes import Codes, check, halved
 from .ratedistortion import Problem, RateDistortion, coded
 from .uniform import uniform
 
+WIDE = 5000  # inputs of a linear layer beyond which they are coded in parts, one after the other
 MAX_ALPHABET = 2**16  # symbols of all tiers together that a file can hold
 
 
@@ -41,7 +55,9 @@ class Sequential(RateDistortion):
         w <- argmin Σ (wᵀ a + b - z)² + ρ ‖w - w⁰‖²,  ŵ = argmin G (w - ŵ)ᵀ H (w - ŵ) + λ bits,
         b <- mean(z - ŵᵀ a),
 
-    H the covariance of a, G the weight of the unit's error. Layers that the forward pass calls
+    H the covariance of a, G the weight of the unit's error. A linear layer of more than ``WIDE``
+    inputs is coded in parts, each refitted to what those before it have left; H is that of the
+    part. Layers that the forward pass calls
     several times, or whose inputs have no known moment, are stored in eight bits beforehand.
 
     References
@@ -67,11 +83,12 @@ class Sequential(RateDistortion):
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Refit, code and correct layer after layer; see ``Quantizer.store``."""
         network, masks = copy.deepcopy(removed.network), removed.masks
-        view = opened(network)
+        inside = opened(network)
+        energies: dict[str, dict[int, Tensor]] = {}
         codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
-        layers = layers_of(view)
-        places = {path: Place.of(path, layers[path]) for path in plan(view, images[:2]).layers}
+        layers = layers_of(inside)
+        places = {path: Place.of(path, layers[path]) for path in plan(inside, images[:2]).layers}
         places = {path: place for path, place in places.items() if place.name in masks}
         with torch.no_grad():
             for name in masks.keys() - {place.name for place in places.values()}:
@@ -82,42 +99,81 @@ class Sequential(RateDistortion):
                 done(name)
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
-            place, bias = places[path], bias_of(layer)
+            place = places[path]
             mask, units = place(masks[place.name]), place(prepared.units[place.name])
-            problem = equations(layer, centre=bias is not None)
-            problem.add(a, wanted - z)
-            if bias is not None and moments.unsupported(problem.plain(), problem.images):
-                weak.append(path)
-            if bias is not None:
-                total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
-            problem.refit(mask, self.ridge)
-            lam = self.price * prepared.damage
-            code = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(), units, lam)
-            codes.setdefault(place.name, {})[place.first or 0] = code
-            layer.weight.copy_(code.decode())
-            if bias is not None:
-                left = ((total - problem.outputs()) / problem.count).flatten()
-                # as it will be stored, so that later layers see it
-                bias.copy_(halved(bias + left.to(bias.dtype)))
+            made: list[tuple[Codes, Tensor]] = []
+            bias, lam = bias_of(layer), self.price * prepared.damage
+            for part, inputs in parts_of(layer):
+                problem = equations(part, centre=bias is not None)
+                problem.add(a if inputs is None else a[..., inputs], wanted - z)
+                if bias is not None and moments.borrowed(*problem.energies(), problem.images):
+                    weak.append(path)
+                if bias is not None:
+                    total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
+                kept = mask if inputs is None else mask[:, inputs]
+                problem.refit(kept, self.ridge)
+                weight, view, lam = (
+                    part.weight.detach(),
+                    View.of(part),
+                    self.price * prepared.damage,
+                )
+                finest = float(layer.weight.abs().max()) / 2**14
+                step = max(finest, float(made[0][0].grid)) if made else None
+                made.append(coded(view, weight, kept, problem.moment(), units, lam, step))
+                part.weight.copy_(made[-1][0].decode())
+                if bias is not None:
+                    left = ((total - problem.outputs()) / problem.count).flatten()
+                    part.bias += left.to(part.bias.dtype)
+                if inputs is not None:  # the next part makes up for what this one could not
+                    z = layer.forward(a)
+            if bias is not None:  # as it will be stored, so that later layers see it
+                bias.copy_(halved(bias))
+            first = place.first or 0
+            codes.setdefault(place.name, {})[first] = _joined([code for code, _ in made], 1)
+            energies.setdefault(place.name, {})[first] = torch.cat([e for _, e in made], 1)
             if place.last in (None, len(masks[place.name])):
                 done(place.name)
 
-        change_in_order(opened(removed.folded.network), view, images, set(places), change)
+        change_in_order(opened(removed.folded.network), inside, images, set(places), change)
+        for name, parts in energies.items():
+            prepared.energies[name] = torch.cat([parts[first] for first in sorted(parts)])
         if weak:
             moments.warn_of(weak, len(images))
-        return network, {name: _joined(codes[name]) for name in masks}
+        rows = {name: [parts[first] for first in sorted(parts)] for name, parts in codes.items()}
+        return network, {name: _joined(rows[name], 0) for name in masks}
 
 
-def _joined(parts: dict[int, Codes]) -> Codes:
-    """Codes of a weight whose rows were coded in parts, each on a grid of its own."""
-    if len(parts) == 1:
-        return parts[0]
-    codes = [parts[first] for first in sorted(parts)]
-    symbols, grid = (torch.cat([getattr(c, field) for c in codes]) for field in ("symbols", "grid"))
-    tiers = torch.cat([torch.full_like(c.symbols, i) for i, c in enumerate(codes)]).to(torch.uint8)
-    if sum(int(c.symbols.max() - c.symbols.min()) + 1 for c in codes) <= MAX_ALPHABET:
-        return Codes(symbols, grid, "tier", tiers)
-    return Codes(symbols, grid[tiers[:, 0].long()], "channel")  # which takes a step for each row
+def parts_of(layer: Any) -> list[tuple[Any, slice | None]]:
+    """A layer, or one too wide for a second moment as layers of some of its inputs.
+
+    They share its memory; a bias is shared by all.
+    """
+    width = getattr(layer, "in_features", 0)
+    if not isinstance(layer, nn.Linear) or width <= WIDE:
+        return [(layer, None)]
+    size = math.ceil(width / math.ceil(width / WIDE))
+    parts: list[tuple[Any, slice | None]] = []
+    for first in range(0, width, size):
+        inputs = slice(first, min(first + size, width))
+        weight, bias = layer.weight.detach()[:, inputs], layer.bias
+        parts.append((Projection("", 0, weight, bias), inputs))
+    return parts
+
+
+def _joined(codes: list[Codes], axis: int) -> Codes:
+    """Codes of a weight of which parts were coded apart, side by side along an axis."""
+    if len(codes) == 1:
+        return codes[0]
+    symbols = torch.cat([code.symbols for code in codes], axis)
+    grid = torch.cat([code.grid for code in codes])
+    if bool((grid == grid[0]).all()):
+        return Codes(symbols, grid[:1], "uniform")
+    each = [torch.full_like(code.symbols, tier) for tier, code in enumerate(codes)]
+    tiers = torch.cat(each, axis).to(torch.uint8)
+    spans = (int(code.symbols.max() - code.symbols.min()) + 1 for code in codes)
+    if axis == 0 and sum(spans) > MAX_ALPHABET:
+        return Codes(symbols, grid[tiers[:, 0].long()], "channel")  # stores a step for each row
+    return Codes(symbols, grid, "tier", tiers)
 
 
 def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> float:
