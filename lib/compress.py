@@ -138,10 +138,10 @@ def compress(
         Validation images and labels, for ``max_drop``.
     bits, ratio, max_drop : float, optional
         At most one budget, met by search over the recipe's knob on the size of the real file:
-        a file, as large as may be or up to 3 % smaller where the knob has no steps, that takes
-        at most ``bits`` per weight (all bytes of the file counted) or is at least ``ratio`` times
-        smaller than the float32 ``state_dict``; or the smallest that loses at most ``max_drop``
-        points of accuracy on ``val``.
+        a file, as large as may be or up to 3 % smaller (10 % after three files) where the knob
+        has no steps, that takes at most ``bits`` per weight (all bytes of the file counted) or is
+        at least ``ratio`` times smaller than the float32 ``state_dict``; or the smallest that
+        loses at most ``max_drop`` points of accuracy on ``val``.
     seed : int
         Of the order in fine-tuning.
     output : callable, optional

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .attention import opened
 from .inputs import check_images
-from .linear import Layer, Place, Projection, bias_of, gram, layers_of, opened, watch
+from .linear import Layer, Place, Projection, bias_of, gram, layers_of, watch
 
 FEW = 10  # images below which their covariance alone is not trusted
 STEADY = 1e-4  # share of variance in the second moment below which an input hardly varies

@@ -13,9 +13,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from .attention import opened
 from .inputs import check_images, ready, split
 from .leastsquares import equations
-from .linear import Layer, Place, View, bias_of, hooked, layers_of, opened, units_of, watch
+from .linear import Layer, Place, View, bias_of, hooked, layers_of, units_of, watch
 from .masks import Mask, masked
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time

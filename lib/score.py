@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from . import baselines
+from .attention import views_of
 from .fold import fold_batchnorm
 from .inputs import check_logits, check_samples, own, split
-from .linear import views_of
 from .moments import input_moments
 from .relevance import AGGREGATES, COMPOSITES, RULES, STARTS, scored_weights, unit_sensitivity
 from .relevance import weight_relevance as lrp

@@ -10,7 +10,7 @@ from .codec import Compressed
 
 FILES = 3  # after which a budget of bytes that is met well enough is left at that
 CLOSE, FAR = 0.03, 0.1  # shares of it that may be left over before, and then
-AIM = 0.01  # share that each file after the first aims below it, once more for each
+AIMS = (0.0, 0.01, 0.04)  # shares that the first, second and later files aim below it
 TINY = 1e-12
 
 
@@ -76,7 +76,7 @@ def most_accurate_within(
         return place + slope * (math.log(max(size(knobs[index]), TINY)) + left)
 
     while high - low > 1:
-        aim = -AIM * len(sizes)
+        aim = -AIMS[min(len(sizes), FILES - 1)]
         middle = bisect_left(range(low + 1, high - 1), -aim, key=lambda i: -excess(i)) + low + 1
         candidate = at(knobs[middle])
         sizes[middle] = place = math.log(candidate.nbytes / most)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lib import linear, repair
+from lib.attention import opened, views_of
 from lib.compress import compress
 from lib.leastsquares import equations
-from lib.linear import View, layers_of, opened, views_of, watch
+from lib.linear import View, layers_of, watch
 from lib.moments import input_moments
 from lib.quantize import RateDistortion, Sequential, energy
 from lib.quantize.ratedistortion import coded

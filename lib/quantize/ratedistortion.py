@@ -2,37 +2,27 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linear import View, views_of
+from ..attention import views_of
+from ..linear import View
 from ..moments import input_moments
 from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
-from .columns import cheapest, code_columns, code_lengths
+from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
+from .sizes import Problem, scaled_size
 from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
-SAMPLE = 20_000  # weights of a layer from which its entropy is guessed
 TRIES = 3  # dampings tried, each four times the one before
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What rate-distortion weighs bits against; see ``rate_distortion``."""
-
-    moments: dict[str, Tensor]  # covariances of the layers' inputs: biases take the means
-    units: dict[str, Tensor]  # weight of each output unit's squared error
-    damage: float  # what removing all weights would do, divided by their number
-    views: dict[str, View] = field(default_factory=dict)  # by which moments are ordered
-    energies: dict[str, Tensor] = field(default_factory=dict)  # M_jj² of the file coded last
 
 
 @dataclass(frozen=True)
@@ -78,31 +68,11 @@ class RateDistortion(Quantizer):
     ) -> Callable[[float], float]:
         """Size by the price: the entropy of weights on grids scaled with the root of the price.
 
-        A sample of each layer is enough, and errors are not made up for: what the real file has
-        shown sets that right. Damage, steps and lam are that file's.
+        Errors are not made up for: what the real file has shown sets that right.
         """
         if coded is None:  # 2 bits at 0.01, hardly any at 10
             return lambda price: 0.5 * math.log2(1 + 0.15 / price)
-        layers = []
-        for name, energy in prepared.energies.items():
-            code, view = coded[name], prepared.views[name]
-            step = code.grid if code.tiers is None else code.grid[code.tiers.long()]
-            step = (
-                step if code.kind == "tier" else step.reshape(-1, *[1] * (code.symbols.dim() - 1))
-            )
-            rows = view.rows(removed.network.get_parameter(name).detach().cpu() / step)
-            steps = view.rows(step.expand(code.symbols.shape))
-            units = view.units(prepared.units[name].cpu(), rows).reshape(view.groups, -1, 1)
-            damage = energy[:, None] * units * steps**2 / (self.price * prepared.damage)
-            every = max(1, rows.numel() // SAMPLE)
-            sample = rows.flatten()[::every], damage.flatten()[::every]
-            layers.append((rows.numel(), *sample))
-
-        def size(price: float) -> float:
-            factor = (price / self.price) ** 0.5
-            return sum(n * _entropy(w / factor, damage) for n, w, damage in layers)
-
-        return size
+        return scaled_size(self.price, removed.network, prepared, coded)
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
@@ -118,17 +88,6 @@ class RateDistortion(Quantizer):
             else:
                 codes[name] = uniform(weight, 8, mask=masks[name])
         return codes
-
-
-def _entropy(scaled: Tensor, damage: Tensor) -> float:
-    """Bits a weight of the codes of least damage + bits, without making up for errors."""
-    limit = 2**14
-    symbols = scaled.round().clamp(-limit, limit)
-    top = int(symbols.abs().max()) + 1
-    for _ in range(4):
-        bits = code_lengths(symbols, top)
-        symbols = cheapest(scaled, damage, bits)
-    return float(code_lengths(symbols, top)[(symbols + top).long()].mean())
 
 
 def coded(

@@ -9,25 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import moments
+from ..attention import opened, views_of
 from ..leastsquares import equations
-from ..linear import (
-    Layer,
-    Place,
-    Projection,
-    View,
-    bias_of,
-    layers_of,
-    opened,
-    units_of,
-    views_of,
-    watch,
-)
+from ..linear import Layer, Place, Projection, View, bias_of, layers_of, units_of, watch
 from ..lockstep import change_in_order, plan
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check, halved
-from .ratedistortion import Problem, RateDistortion, coded
+from .ratedistortion import RateDistortion, coded
+from .sizes import Problem
 from .uniform import uniform
 
 WIDE = 5000  # inputs of a linear layer beyond which they are coded in parts, one after the other

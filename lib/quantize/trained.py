@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attention import opened, views_of
 from ..finetune import finetune
-from ..linear import Layer, Place, bias_of, layers_of, opened, patches_of, views_of, watch
+from ..linear import Layer, Place, bias_of, layers_of, patches_of, watch
 from ..moments import input_moments
 from ..prune import Removed
 from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
-from .ratedistortion import Problem, RateDistortion
+from .ratedistortion import RateDistortion
 from .sequential import Sequential
+from .sizes import Problem
 
 EVERY = 4  # steps between assignments
 
