@@ -21,7 +21,6 @@ from lib.quantize import RateDistortion, Sequential, Tiers, Uniform
 from lib.recipe import RECIPES, Recipe, Repair
 from lib.relevance import UnsupportedLayerError, scored_weights, weight_relevance
 from study.networks import build
-from study.training import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:compression took:UserWarning")
 LRP = "lrp-epsilon/contrastive"
@@ -173,13 +172,8 @@ def test_budgets_hold_for_the_real_file(name, least, budget, trained, references
     assert least * most < size <= most
 
 
-@pytest.mark.parametrize("network", ["resnet8", "lenet5"])
-def test_a_budget_of_bytes_takes_at_most_three_files(
-    network, trained, digits, references, monkeypatch
-):
+def test_a_budget_of_bytes_takes_at_most_three_files(trained, references, monkeypatch):
     model = trained
-    if network == "lenet5":
-        model = fit(build("lenet5"), *digits, epochs=3, lr=0.05, batch_size=64)
     module, made = sys.modules["lib.compress"], []
     whole = module.encode
 
