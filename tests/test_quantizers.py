@@ -248,8 +248,12 @@ def test_a_network_that_puts_out_the_same_for_all_images_can_be_stored(make, ref
 
 
 def test_layers_without_known_inputs_get_eight_bits(references):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose2d(1, 2, 2), nn.Flatten(), nn.Linear(2 * 29 * 29, 10))
+    model = nn.Sequential(Own(28, 2), nn.Flatten(), nn.Linear(2 * 28, 10))
     removed = remove(model, *references, Recipe())
     codes = coded(removed, references, RateDistortion(price=0.1))
     assert int(codes["0.weight"].symbols.abs().max()) == 127
