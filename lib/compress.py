@@ -25,7 +25,7 @@ from .prune import Removed
 from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
-from .search import Budget, most_accurate_within, smallest_that
+from .search import Budget, Size, most_accurate_within, smallest_that
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def compress(
         Validation images and labels, for ``max_drop``.
     bits, ratio, max_drop : float, optional
         At most one budget, met by search over the recipe's knob on the size of the real file:
-        a file, as large as may be or up to 3 % smaller where the knob has no steps, that takes
-        at most ``bits`` per weight (all bytes of the file counted) or is at least ``ratio`` times
-        smaller than the float32 ``state_dict``; or the smallest that loses at most ``max_drop``
-        points of accuracy on ``val``.
+        a file, as large as may be or up to 3 % smaller (10 % after three files) where the knob
+        has no steps, that takes at most ``bits`` per weight (all bytes of the file counted) or is
+        at least ``ratio`` times smaller than the float32 ``state_dict``; or the smallest that
+        loses at most ``max_drop`` points of accuracy on ``val``.
     seed : int
         Of the order in fine-tuning.
     output : callable, optional
@@ -215,7 +215,12 @@ def _search(
         floats = float_bytes(model)
         weights = sum(mask.numel() for mask in prepared.removed.masks.values())
         most = weights * budget.amount / 8 if budget.kind == "bits" else floats / budget.amount
-        best = most_accurate_within(most, at, recipe.store.settings)
+        store, removed, details = recipe.store, prepared.removed, prepared.details
+
+        def expected(value: float, coded: Compressed | None) -> Size:
+            return store.at(value).expected(removed, details, coded)
+
+        best = most_accurate_within(most, at, store.settings, expected, 8 * most / weights)
         least = min(tried)
         met = 8 * least / weights if budget.kind == "bits" else floats / least
         reached = (

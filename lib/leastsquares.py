@@ -1,12 +1,14 @@
 """Least squares for the kept weights of all units of a layer at once."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .moments import Layer, patches_of, second_moment, units_of
+from .linear import View, look_ups, patches_of, units_of
+from .moments import borrowed, second_moment
 
 LARGE = 200  # inputs from which conjugate gradients run in float32 and stop early
 
@@ -19,10 +21,10 @@ class Equations:
     rounding of either sign.
     """
 
-    def __init__(self, layer: Layer, centre: bool = False):
-        width = layer.weight[0].numel() + 1
-        groups = getattr(layer, "groups", 1)
-        rows = len(layer.weight) // groups
+    def __init__(self, layer: Any, centre: bool = False):
+        self.view = View.of(layer)
+        groups, rows, width = self.view.rows(layer.weight).shape
+        width += 1
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
         self.layer, self.centre, self.images = layer, centre, 0
         self.gram = zeros(groups, width, width)  # summed over images and positions
@@ -35,13 +37,13 @@ class Equations:
         Summing what is missing, not what is wanted, leaves nothing large to cancel.
         """
         for some, few in zip(inputs.split(batch_size), missing.split(batch_size), strict=True):
-            patches = patches_of(self.layer, some)  # [groups, D, p]
+            patches = patches_of(self.layer, some, few=True)  # [groups, D, p]
             if self.centre and not self.images:
-                self.shift = patches[:, :-1].mean(2, keepdim=True)
+                self.shift = patches[:, :-1].mean(2, keepdim=True) / patches[:, -1:, :1]
             if self.centre:
-                patches[:, :-1] -= self.shift
+                patches[:, :-1] -= self.shift * patches[:, -1:, :1]
             self.gram += (patches @ patches.mT).double()
-            self.missing += (units_of(self.layer, few) @ patches.mT).double()
+            self.missing += (units_of(self.layer, few, few=True) @ patches.mT).double()
             self.images += len(some)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
@@ -50,8 +52,8 @@ class Equations:
         The ridge, positive and relative to the mean diagonal, ties weights to the present ones.
         """
         layer, gram, missing = self.layer, self.gram.clone(), self.missing
-        groups, rows, columns = missing.shape
-        kept = mask.to(gram.device).reshape(groups, rows, -1)
+        columns = missing.shape[2]
+        kept = self.view.rows(mask.to(gram.device))
         if layer.bias is None:
             gram, missing = gram[:, :-1, :-1], missing[..., :-1]
         else:
@@ -61,7 +63,8 @@ class Equations:
         gram.diagonal(dim1=1, dim2=2)[:, :inputs] += torch.where(scale > 0, ridge * scale, 1)
         solutions = zip(gram, kept, missing * kept, strict=True)
         change = torch.stack([_solve(*problem) for problem in solutions])  # [groups, rows, D]
-        layer.weight.data += change[..., :inputs].reshape(layer.weight.shape).to(layer.weight.dtype)
+        weight = self.view.weight(change[..., :inputs], layer.weight.shape)
+        layer.weight.data += weight.to(layer.weight.dtype)
         if layer.bias is not None:
             moved = (change[..., :inputs] @ self.shift.double()).squeeze(2)  # by the weights
             layer.bias.data += (change[..., -1] - moved).flatten().to(layer.bias.dtype)
@@ -77,18 +80,26 @@ class Equations:
 
         See ``moments.second_moment``.
         """
-        centered = self.layer.bias is not None
-        return second_moment(self.gram, self.images, centered=centered, plain=self.plain())
+        if self.layer.bias is None:
+            return second_moment(self.gram, self.images)
+        share = borrowed(*self.energies(), self.images)
+        return second_moment(self.gram, self.images, share, self.plain() if share else self.gram)
+
+    def energies(self) -> tuple[float, float]:
+        """As of ``moments.energies``, for the patches as they are."""
+        sums, shift = self.gram[:, :-1, -1], self.shift.squeeze(2).double()
+        total = sums + self.count * shift
+        squares = self.gram.diagonal(dim1=1, dim2=2)[:, :-1] + (sums + total) * shift
+        return float(squares.sum()), float((total.square() / self.count).sum())
 
     def outputs(self) -> Tensor:
         """Sum of each unit's outputs by the weights and bias of now, float64 [groups, rows]."""
-        groups = len(self.gram)
-        weight = self.layer.weight.detach().double().reshape(groups, -1, self.gram.shape[-1] - 1)
+        weight = self.view.rows(self.layer.weight.detach().double())
         sums = self.gram[:, :-1, -1:] + self.shift.double() * self.gram[:, -1:, -1:]
         total = (weight @ sums).squeeze(2)
         if self.layer.bias is None:
             return total
-        return total + self.layer.bias.detach().double().reshape(groups, -1) * self.count
+        return total + self.layer.bias.detach().double().reshape(len(weight), -1) * self.count
 
     @property
     def count(self) -> Tensor:
@@ -96,9 +107,38 @@ class Equations:
         return self.gram[:, -1:, -1]
 
 
+class LookUps(Equations):
+    """The same for an embedding: each row has its own equation, its mean over the look-ups."""
+
+    def add(self, inputs: Tensor, missing: Tensor, batch_size: int = 50) -> None:
+        """See ``Equations.add``."""
+        counts = look_ups(self.layer, inputs).double()
+        self.gram[:, 0, 0] += counts
+        self.missing[..., 0].index_add_(0, inputs.flatten(), missing.double().flatten(0, -2))
+        self.images += len(inputs)
+
+    def refit(self, mask: Tensor, ridge: float) -> None:
+        """See ``Equations.refit``; the mean diagonal is that of all rows."""
+        counts = self.gram[:, 0, 0]
+        change = self.missing[..., 0] / (counts + ridge * counts.mean())[:, None]
+        self.layer.weight.data += (change * mask.to(change.device)).to(self.layer.weight.dtype)
+
+    def moment(self) -> Tensor:
+        """See ``moments.input_moments`` for tokens that were never looked up."""
+        counts = self.gram[:, :1, :1] / self.images
+        return torch.where(counts > 0, counts, counts.mean())
+
+
+def equations(layer: Any, centre: bool = False) -> Equations:
+    """Those of a layer of any kind."""
+    return (LookUps if isinstance(layer, nn.Embedding) else Equations)(layer, centre)
+
+
 def _solve(gram: Tensor, kept: Tensor, residual: Tensor) -> Tensor:
     """Changes [rows, D] of kept weights for which the masked residual [rows, D] vanishes."""
     change = torch.zeros_like(residual)
+    if kept.all():
+        return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
     if (kept == kept[0]).all():
         inputs = kept[0].nonzero().squeeze(1)
         factor = torch.linalg.cholesky(gram[inputs[:, None], inputs])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .inputs import ready, tensors
-from .moments import Layer, hooked, layers_of
+from .linear import Layer, hooked, layers_of
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 

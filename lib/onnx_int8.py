@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .codec import Compressed
 from .codec.container import Entry
-from .moments import Layer, weight_name
 from .quantize import Codes
 
+DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INTEGER = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool"]
 INTEGER += ["GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"]
 INTEGER += ["Slice", "Pad", "Concat", "Split"]  # all else stays float, such as normalisation
@@ -70,8 +70,8 @@ def _overrides(
     """Scales of the weights that the graph has under their own names, as onnxruntime wants them."""
     overrides = {}
     for path, module in model.named_modules():
-        name = weight_name(path)
-        if isinstance(module, Layer) and found.get(name) == list(module.weight.shape):
+        name = f"{path}.weight" if path else "weight"
+        if isinstance(module, DENSE) and found.get(name) == list(module.weight.shape):
             scales = _scales(module.weight.detach(), compressed.get(name))
             axis = {"axis": 0} if len(scales) > 1 else {}
             overrides[name] = [

@@ -2,7 +2,7 @@
 
 Layers are visited in the order of the forward pass. Each is fitted to what the dense network's
 layer puts out, from the inputs which the repaired network gives it, so that errors made before it
-are compensated as well. Layers without a rule in ``lib.moments`` are left as they are. All models
+are compensated as well. Layers that ``lib.linear`` does not know are left as they are. All models
 given stay untouched.
 """
 
@@ -13,10 +13,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from .inputs import check_images, evaluating, ready, split
-from .leastsquares import Equations
+from .attention import opened
+from .inputs import check_images, ready, split
+from .leastsquares import equations
+from .linear import Layer, Place, View, bias_of, hooked, layers_of, units_of, watch
 from .masks import Mask, masked
-from .moments import Layer, hooked, layers_of, units_of, watch, weight_name
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
 BATCH = 50  # images unfolded at a time, and run at a time where outputs would take more
@@ -71,12 +72,14 @@ def refit(
     masked(pruned, masks)
 
     def fit(name: str, layer: Layer, batches: Batches) -> None:
-        equations = Equations(layer)
+        problem, place = equations(layer), Place.of(name, layer)
         for inputs, output, target in batches:
-            equations.add(inputs, target - output, BATCH)
-        equations.refit(masks[weight_name(name)], ridge)
+            problem.add(inputs, target - output, BATCH)
+        problem.refit(place(masks[place.name]), ridge)
 
-    return _repaired(dense, pruned, images, fit, lambda name, _: weight_name(name) in masks)
+    return _repaired(
+        dense, pruned, images, fit, lambda name, layer: Place.of(name, layer).name in masks
+    )
 
 
 def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor) -> nn.Module:
@@ -94,10 +97,10 @@ def bias_correction(dense: nn.Module, quantized: nn.Module, images: Tensor) -> n
 
     def shift(name: str, layer: Layer, batches: Batches) -> None:
         now, wanted = _statistics(layer, batches)
-        if layer.bias is not None:
-            layer.bias.data += (wanted[0] - now[0]).to(layer.bias.dtype)
+        if (bias := bias_of(layer)) is not None:
+            bias.data += (wanted[0] - now[0]).to(bias.dtype)
 
-    return _repaired(dense, quantized, images, shift, lambda _, layer: layer.bias is not None)
+    return _repaired(dense, quantized, images, shift, lambda _, layer: bias_of(layer) is not None)
 
 
 def renormalise(dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor) -> nn.Module:
@@ -111,17 +114,22 @@ def renormalise(dense: nn.Module, pruned: nn.Module, masks: Mask, images: Tensor
     ``w ← w s / ŝ`` and ``b ← m + (b − m̂) s / ŝ``, with m, s the unit's mean and deviation in the
     dense network and m̂, ŝ in the pruned one. Where the dense layer's BatchNorm is folded, m and s
     are its shift and gain, and this is what estimating its statistics anew on the images comes to
-    (Ioffe and Szegedy 2015, algorithm 2). Layers without a bias are only scaled.
+    (Ioffe and Szegedy 2015, algorithm 2). Layers without a bias are only scaled, embeddings left.
     """
 
     def rescale(name: str, layer: Layer, batches: Batches) -> None:
         (mean, deviation), (target, wanted) = _statistics(layer, batches)
-        gain = torch.where(deviation > 0, wanted / deviation, 1).to(layer.weight.dtype)
-        layer.weight.data *= gain.view(-1, *[1] * (layer.weight.ndim - 1))
-        if layer.bias is not None:
-            layer.bias.data.sub_(mean).mul_(gain).add_(target)
+        weight, view = layer.weight.data, View.of(layer)
+        gain = torch.where(deviation > 0, wanted / deviation, 1).to(weight.dtype)
+        scaled = view.rows(weight) * gain.reshape(view.groups, -1, 1)
+        weight.copy_(view.weight(scaled, weight.shape))
+        if (bias := bias_of(layer)) is not None:
+            bias.data.sub_(mean).mul_(gain).add_(target)
 
-    return _repaired(dense, pruned, images, rescale, lambda name, _: weight_name(name) in masks)
+    def chosen(name: str, layer: Layer) -> bool:
+        return Place.of(name, layer).name in masks and not isinstance(layer, nn.Embedding)
+
+    return _repaired(dense, pruned, images, rescale, chosen)
 
 
 def _repaired(
@@ -136,15 +144,16 @@ def _repaired(
     """
     check_images(images)
     repaired = copy.deepcopy(broken)
-    layers = layers_of(repaired)
-    with evaluating(copy.deepcopy(dense)) as dense, evaluating(repaired), torch.no_grad():
-        calls, size = _order(repaired, images[:2])
+    dense, network = opened(copy.deepcopy(dense)), opened(repaired)
+    layers = layers_of(network)
+    with torch.no_grad():
+        calls, size = _order(network, images[:2])
         names = [name for name in calls if chosen(name, layers[name])]
         if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
-            _in_one_pass(dense, repaired, images, change, names)
+            _in_one_pass(dense, network, images, change, names)
             return repaired
         for name in names:
-            seen, wanted = (_run(model, name, images, calls[name]) for model in (repaired, dense))
+            seen, wanted = (_run(model, name, images, calls[name]) for model in (network, dense))
             pairs = zip(seen, wanted, strict=True)
             change(name, layers[name], ((*now, target) for now, (_, target) in pairs))
     return repaired

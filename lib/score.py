@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import baselines
+from .attention import views_of
 from .fold import fold_batchnorm
 from .inputs import check_logits, check_samples, own, split
 from .moments import input_moments
@@ -149,15 +150,16 @@ class Criterion:
         return units
 
     def _from_scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-        scores, units = self.function(model, images, labels), {}
+        scores, units, views = self.function(model, images, labels), {}, views_of(model)
         for name, moment in input_moments(model, images).items():
-            weight = model.get_parameter(name).detach()
+            weight, view = model.get_parameter(name).detach(), views[name]
             score = scores[name].abs() if self.order == 2 else scores[name].square()
-            diagonal = moment.diagonal(dim1=-2, dim2=-1)  # [d] or [groups, d]
-            groups = diagonal.shape[0] if diagonal.ndim == 2 else 1
-            rows = weight.reshape(groups, len(weight) // groups, -1)
-            energy = (rows.square() * diagonal.reshape(groups, 1, -1)).sum(-1).reshape(-1)
-            total = score.flatten(1).sum(1)  # [units]
+            diagonal = moment.diagonal(dim1=-2, dim2=-1).reshape(view.groups, 1, view.inputs)
+            energy = (view.rows(weight).square() * diagonal).sum(-1)  # [groups, rows]
+            total = view.rows(score).sum(-1)
+            if view.looks_up:  # a unit is a token
+                energy, total = energy.sum(1), total.sum(1)
+            energy, total = energy.reshape(-1), total.reshape(-1)
             units[name] = torch.where(energy > 0, total / energy.clamp_min(1e-30), 0.0)
         return units
 
@@ -212,7 +214,12 @@ def _alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
 
 
 def _units_alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-    return {name: torch.ones(len(w)) for name, w in scored_weights(model).items()}
+    views = views_of(model)
+    return {
+        name: torch.ones(w.shape[1] * views[name].groups if name in views and views[name].turned
+                         else len(w))
+        for name, w in scored_weights(model).items()
+    }  # fmt: skip
 
 
 class UnknownCriterionError(KeyError, ValueError):

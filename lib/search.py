@@ -1,13 +1,17 @@
 """Search over a quantizer's knob for the file that meets a budget."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 from .codec import Compressed
 
-CLOSE = 0.03  # share of a budget of bytes that may be left over
+FILES = 3  # after which a budget of bytes that is met well enough is left at that
+CLOSE, FAR = 0.03, 0.1  # shares of it that may be left over before, and then
+AIMS = (0.0, 0.01, 0.04)  # shares that the first, second and later files aim below it
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,60 @@ class Budget:
         return cls(*found[0]) if found else None
 
 
+Size = Callable[[float], float]  # expected from a knob's value, up to a factor
+
+
 def most_accurate_within(
-    most: float, at: Callable[[float], Compressed], knobs: Sequence[float]
-) -> Compressed | None:
+    most: float, at: Callable[[float], Compressed], knobs: Sequence[float],
+    expected: Callable[[float, Compressed | None], Size], first: float,
+) -> Compressed | None:  # fmt: skip
     """The largest file of at most that many bytes, or one hardly smaller.
 
-    Sizes fall along the knobs: regula falsi on their logarithm, with the weights of Dowell and
-    Jarratt (BIT 1971, "Illinois"), takes fewer encodings than bisection.
+    Parameters
+    ----------
+    most : float
+        Bytes.
+    at : callable
+        The file for a value of the knob.
+    knobs : sequence of float
+        Values of the knob, along which sizes fall.
+    expected : callable
+        Expected sizes: before any file for ``(value, None)``, then from the file for that value.
+    first : float
+        What the size before any file should be.
+
+    Notes
+    -----
+    Each file is the one of which the logarithm of the expected size, set right by the files
+    before, is the budget's; the slope follows from two files. Three are enough unless none of
+    them meets the budget, or the best leaves a tenth of it.
     """
-    low, high, best, side = -1, len(knobs), None, 0
-    above, below = 4.0, -4.0  # log of size / budget at low and high; guesses until measured
+    low, high, best = -1, len(knobs), None
+    sizes: dict[int, float] = {}  # logarithms of size / budget
+    size, place, left, slope = expected(knobs[0], None), 0.0, -math.log(first), 1.0
+
+    def excess(index: int) -> float:
+        return place + slope * (math.log(max(size(knobs[index]), TINY)) + left)
+
     while high - low > 1:
-        middle = round(low + (high - low) * above / (above - below))
-        middle = min(max(middle, low + 1), high - 1)
+        aim = -AIMS[min(len(sizes), FILES - 1)]
+        middle = bisect_left(range(low + 1, high - 1), -aim, key=lambda i: -excess(i)) + low + 1
         candidate = at(knobs[middle])
-        excess = math.log(candidate.nbytes / most)
-        if excess > 0:
-            low, above, below = middle, excess, below / 2 if side > 0 else below
+        sizes[middle] = place = math.log(candidate.nbytes / most)
+        if place > 0:
+            low = middle
         else:
-            best, high, below, above = candidate, middle, excess, above / 2 if side < 0 else above
-            if excess > -CLOSE:
-                break
-        side = 1 if excess > 0 else -1
+            best, high = candidate, middle
+        allowed = CLOSE if len(sizes) < FILES else FAR
+        if best is not None and sizes[high] > -allowed:
+            break
+        size = expected(knobs[middle], candidate)
+        now = {i: math.log(max(size(knobs[i]), TINY)) for i in sizes}
+        left = -now[middle]
+        other = min(sizes.keys() - {middle}, key=lambda i: abs(sizes[i]), default=middle)
+        if now[other] != now[middle]:
+            slope = (sizes[other] - place) / (now[other] - now[middle])
+            slope = min(max(slope, 0.3), 3.0)
     return best
 
 

@@ -1,6 +1,7 @@
 """The pipeline: from a network and a recipe to a file, and the search for a budget."""
 
 import copy
+import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
@@ -169,6 +170,24 @@ def test_budgets_hold_for_the_real_file(name, least, budget, trained, references
     floats = sum(4 * value.numel() for value in trained.state_dict().values())
     most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
     assert least * most < size <= most
+
+
+def test_a_budget_of_bytes_takes_at_most_three_files(trained, references, monkeypatch):
+    model = trained
+    module, made = sys.modules["lib.compress"], []
+    whole = module.encode
+
+    def counted(*arguments):
+        made.append(whole(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(module, "encode", counted)
+    floats = sum(4 * value.numel() for value in model.state_dict().values())
+    for ratio in (4, 8, 16, 32):
+        made.clear()
+        size = compress(model, *references, ratio=ratio).nbytes
+        assert 0.9 * floats / ratio < size <= floats / ratio
+        assert len(made) <= 3
 
 
 def test_max_drop_is_met_on_the_validation_split(trained, references, validation):

@@ -7,7 +7,7 @@ from torch import nn
 from lib.compress import compress, encode, prepare, remove
 from lib.moments import input_moments
 from lib.prune import KeepTop
-from lib.quantize import RateDistortion, energy, rate_distortion
+from lib.quantize import RateDistortion, energy, rate_distortion, sequential
 from lib.quantize.sequential import Sequential
 from lib.recipe import Recipe
 from lib.score import CRITERIA
@@ -134,6 +134,26 @@ def test_inputs_that_hardly_vary_and_depthwise_layers_are_coded(references):
             expected = model(references[0])
             error = found(references[0]) - expected
         assert error.abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_wide_layers_are_coded_in_parts_at_little_loss(monkeypatch):
+    """Half the inputs at a time, all of them correlated: the second half makes up for the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 4)).eval()
+    images = torch.randn(600, 60) @ (torch.eye(60) + 0.2 * torch.randn(60, 60))
+    labels = model(images).argmax(1)
+    recipe = Recipe(KeepTop("magnitude", density=0.9), store=Sequential("alike", price=0.01))
+    removed = remove(model, images, labels, recipe)
+    errors, sizes = [], []
+    for wide in (5000, 30):
+        monkeypatch.setattr(sequential, "WIDE", wide)
+        file = encode(prepare(removed, images, labels, recipe), recipe)
+        assert file["0.weight"].kind == "uniform"
+        assert (file["0.weight"].symbols[~removed.masks["0.weight"]] == 0).all()
+        found = file.to_model(model).eval()
+        errors.append(float((outputs(found, images) - outputs(model, images)).square().mean()))
+        sizes.append(file.nbytes)
+    assert errors[1] < 1.5 * errors[0] and sizes[1] < 1.1 * sizes[0]
 
 
 def outputs(network, images):

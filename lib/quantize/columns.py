@@ -1,6 +1,8 @@
 """Symbols of all units of a layer at once, column after column, errors made up for."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -30,23 +32,52 @@ def code_columns(
     """Code columns [groups, d, units] in turn, errors fed forward by a quadratic form.
 
     ``quadratic`` is M, for errors of earlier columns, or H, for errors of all others. Feedback is
-    gathered by matrix products for a block of columns, and column by column within.
+    gathered by matrix products for a block of columns, and column by column within; there numpy,
+    on the same memory, since calls of torch cost more than a column.
+
+    References
+    ----------
+    Frantar et al.: GPTQ, ICLR 2023, section 3.3, step 2 (lazy batch updates).
     """
     symbols, diagonal = symbols.clone(), quadratic.diagonal(dim1=1, dim2=2)
-    coupling = quadratic / diagonal[:, None] - torch.eye(len(diagonal[0])).to(quadratic)
-    triangular = not quadratic.tril(-1).any()
-    energy = diagonal.square() if triangular else diagonal
+    triangular = not quadratic[:, 1:, 0].any() and not quadratic.tril(-1).any()
+    energy = ((diagonal.square() if triangular else diagonal)[:, :, None] * damage[:, :1]).numpy()
     errors = scaled - symbols
+    chosen, error, weights, keep = (t.numpy() for t in (symbols, errors, scaled, kept))
     for start in range(0, scaled.shape[1], block):
         stop = min(start + block, scaled.shape[1])
         past = slice(0, stop) if triangular else slice(None)
-        targets = scaled[:, start:stop] + coupling[:, past, start:stop].mT @ errors[:, past]
-        for j in range(start, stop):
-            symbol = cheapest(targets[:, j - start], energy[:, j, None] * damage[:, 0], bits)
-            symbols[:, j] = symbol * kept[:, j]
-            error = scaled[:, j] - symbols[:, j]
-            targets[:, j - start + 1 :].baddbmm_(
-                coupling[:, j, j + 1 : stop, None], (error - errors[:, j])[:, None]
-            )
-            errors[:, j] = error
+        coupling = quadratic[:, past, start:stop] / diagonal[:, None, start:stop]
+        within = coupling[:, start:stop]
+        within.diagonal(dim1=1, dim2=2).zero_()
+        targets = (scaled[:, start:stop] + coupling.mT @ errors[:, past]).numpy()
+        forward = within.numpy()
+        for j in range(stop - start):
+            column = start + j
+            symbol = _cheapest(targets[:, j], energy[:, column], bits.numpy()) * keep[:, column]
+            now = weights[:, column] - symbol
+            change = now - error[:, column]
+            targets[:, j + 1 :] += forward[:, j, j + 1 :, None] * change[:, None]
+            chosen[:, column], error[:, column] = symbol, now
+    return symbols
+
+
+Array = NDArray[np.float32]
+
+
+def _cheapest(target: Array, damage: Array, bits: Array) -> Array:
+    """See ``cheapest``."""
+    top = len(bits) // 2
+    nearest = np.rint(target)
+    np.clip(nearest, -top, top, out=nearest)
+    next_ = nearest - np.sign(nearest)
+    first, second, zero = target - nearest, target - next_, target * target
+    for cost, trial in ((first, nearest), (second, next_)):
+        cost *= cost
+        cost *= damage
+        cost += bits.take((trial + top).astype(np.intp))
+    zero *= damage
+    zero += bits[top]
+    symbols = np.where(second < first, next_, nearest)
+    symbols[zero < np.minimum(first, second)] = 0
     return symbols

@@ -1,7 +1,7 @@
 """What a quantizer is: how precisely to store the weights that are kept, with one knob."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -47,6 +47,16 @@ class Quantizer:
         their int64 labels [N].
         """
         return None
+
+    def expected(
+        self, removed: Removed, prepared: Any, coded: Mapping[str, Any] | None
+    ) -> Callable[[float], float]:
+        """Size that a file has, up to a factor, as a function of the knob.
+
+        In bits a weight where nothing was ``coded``; otherwise from the file of this quantizer.
+        By default the knob is such a size.
+        """
+        return lambda value: value
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Any

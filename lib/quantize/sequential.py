@@ -1,21 +1,28 @@
 """Rate-distortion layer after layer: each takes back the errors of those before it."""
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import moments
-from ..leastsquares import Equations
+from ..attention import opened, views_of
+from ..leastsquares import equations
+from ..linear import Layer, Place, Projection, View, bias_of, layers_of, units_of, watch
 from ..lockstep import change_in_order, plan
-from ..moments import Layer, weight_name
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
 from .codes import Codes, check, halved
-from .ratedistortion import Problem, RateDistortion, rate_distortion
+from .ratedistortion import RateDistortion, coded
+from .sizes import Problem
 from .uniform import uniform
+
+WIDE = 5000  # inputs of a linear layer beyond which they are coded in parts, one after the other
+MAX_ALPHABET = 2**16  # symbols of all tiers together that a file can hold
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ class Sequential(RateDistortion):
         w <- argmin Σ (wᵀ a + b - z)² + ρ ‖w - w⁰‖²,  ŵ = argmin G (w - ŵ)ᵀ H (w - ŵ) + λ bits,
         b <- mean(z - ŵᵀ a),
 
-    H the covariance of a, G the weight of the unit's error. Layers that the forward pass calls
+    H the covariance of a, G the weight of the unit's error. A linear layer of more than ``WIDE``
+    inputs is coded in parts, each refitted to what those before it have left; H is that of the
+    part. Layers that the forward pass calls
     several times, or whose inputs have no known moment, are stored in eight bits beforehand.
 
     References
@@ -57,50 +66,105 @@ class Sequential(RateDistortion):
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """Weights of the units and the unit of damage; moments follow layer by layer."""
         units = criterion(self.by).units(removed.network, images, labels)
-        return Problem({}, units, _damage(removed.network, images, units))
+        damage = _damage(removed.network, images, units)
+        return Problem({}, units, damage, views_of(removed.network))
 
     def store(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Refit, code and correct layer after layer; see ``Quantizer.store``."""
         network, masks = copy.deepcopy(removed.network), removed.masks
-        codes: dict[str, Codes] = {}
+        inside = opened(network)
+        energies: dict[str, dict[int, Tensor]] = {}
+        codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
-        paths = {weight_name(path): path for path in plan(network, images[:2]).layers}
+        layers = layers_of(inside)
+        places = {path: Place.of(path, layers[path]) for path in plan(inside, images[:2]).layers}
+        places = {path: place for path, place in places.items() if place.name in masks}
         with torch.no_grad():
-            for name in masks.keys() - paths.keys():
+            for name in masks.keys() - {place.name for place in places.values()}:
                 weight = network.get_parameter(name)
-                codes[name] = uniform(weight, 8, mask=masks[name])
-                weight.copy_(codes[name].decode())
+                code = uniform(weight, 8, mask=masks[name])
+                weight.copy_(code.decode())
+                codes[name] = {0: code}
                 done(name)
 
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
-            name = weight_name(path)
-            equations = Equations(layer, centre=layer.bias is not None)
-            equations.add(a, wanted - z)
-            if layer.bias is not None and moments.unsupported(equations.plain(), equations.images):
-                weak.append(path)
-            total = equations.missing[..., -1] + equations.outputs()  # of what is wanted
-            equations.refit(masks[name], self.ridge)
-            codes[name] = rate_distortion(
-                layer.weight,
-                second_moment=equations.moment(),
-                unit_weight=prepared.units[name],
-                lam=self.price * prepared.damage,
-                mask=masks[name],
-            )
-            layer.weight.copy_(codes[name].decode())
-            if layer.bias is not None:
-                left = ((total - equations.outputs()) / equations.count).flatten()
-                # as it will be stored, so that later layers see it
-                layer.bias.copy_(halved(layer.bias + left.to(layer.bias.dtype)))
-            done(name)
+            place = places[path]
+            mask, units = place(masks[place.name]), place(prepared.units[place.name])
+            made: list[tuple[Codes, Tensor]] = []
+            bias, lam = bias_of(layer), self.price * prepared.damage
+            for part, inputs in parts_of(layer):
+                problem = equations(part, centre=bias is not None)
+                problem.add(a if inputs is None else a[..., inputs], wanted - z)
+                if bias is not None and moments.borrowed(*problem.energies(), problem.images):
+                    weak.append(path)
+                if bias is not None:
+                    total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
+                kept = mask if inputs is None else mask[:, inputs]
+                problem.refit(kept, self.ridge)
+                weight, view, lam = (
+                    part.weight.detach(),
+                    View.of(part),
+                    self.price * prepared.damage,
+                )
+                finest = float(layer.weight.abs().max()) / 2**14
+                step = max(finest, float(made[0][0].grid)) if made else None
+                made.append(coded(view, weight, kept, problem.moment(), units, lam, step))
+                part.weight.copy_(made[-1][0].decode())
+                if bias is not None:
+                    left = ((total - problem.outputs()) / problem.count).flatten()
+                    part.bias += left.to(part.bias.dtype)
+                if inputs is not None:  # the next part makes up for what this one could not
+                    z = layer.forward(a)
+            if bias is not None:  # as it will be stored, so that later layers see it
+                bias.copy_(halved(bias))
+            first = place.first or 0
+            codes.setdefault(place.name, {})[first] = _joined([code for code, _ in made], 1)
+            energies.setdefault(place.name, {})[first] = torch.cat([e for _, e in made], 1)
+            if place.last in (None, len(masks[place.name])):
+                done(place.name)
 
-        names = {path for name, path in paths.items() if name in masks}
-        change_in_order(removed.folded.network, network, images, names, change)
+        change_in_order(opened(removed.folded.network), inside, images, set(places), change)
+        for name, parts in energies.items():
+            prepared.energies[name] = torch.cat([parts[first] for first in sorted(parts)])
         if weak:
             moments.warn_of(weak, len(images))
-        return network, {name: codes[name] for name in masks}
+        rows = {name: [parts[first] for first in sorted(parts)] for name, parts in codes.items()}
+        return network, {name: _joined(rows[name], 0) for name in masks}
+
+
+def parts_of(layer: Any) -> list[tuple[Any, slice | None]]:
+    """A layer, or one too wide for a second moment as layers of some of its inputs.
+
+    They share its memory; a bias is shared by all.
+    """
+    width = getattr(layer, "in_features", 0)
+    if not isinstance(layer, nn.Linear) or width <= WIDE:
+        return [(layer, None)]
+    size = math.ceil(width / math.ceil(width / WIDE))
+    parts: list[tuple[Any, slice | None]] = []
+    for first in range(0, width, size):
+        inputs = slice(first, min(first + size, width))
+        weight, bias = layer.weight.detach()[:, inputs], layer.bias
+        parts.append((Projection("", 0, weight, bias), inputs))
+    return parts
+
+
+def _joined(codes: list[Codes], axis: int) -> Codes:
+    """Codes of a weight of which parts were coded apart, side by side along an axis."""
+    if len(codes) == 1:
+        return codes[0]
+    symbols = torch.cat([code.symbols for code in codes], axis)
+    grid = torch.cat([code.grid for code in codes])
+    if bool((grid == grid[0]).all()):
+        return Codes(symbols, grid[:1], "uniform")
+    each = [torch.full_like(code.symbols, tier) for tier, code in enumerate(codes)]
+    tiers = torch.cat(each, axis).to(torch.uint8)
+    spans = (int(code.symbols.max() - code.symbols.min()) + 1 for code in codes)
+    if axis == 0 and sum(spans) > MAX_ALPHABET:
+        return Codes(symbols, grid[tiers[:, 0].long()], "channel")  # stores a step for each row
+    return Codes(symbols, grid, "tier", tiers)
 
 
 def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> float:
@@ -109,25 +173,32 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
     It is the variance of each unit's outputs, or their second moment where no bias takes the mean:
     no moments of inputs are needed.
     """
-    network = copy.deepcopy(network).eval()
-    layers = moments.layers_of(network)
-    sums = {name: torch.zeros(3, len(layer.weight)).double() for name, layer in layers.items()}
+    network = opened(network)
+    layers = layers_of(network)
+    sums: dict[str, Tensor] = {}
 
-    def add(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        z = moments.units_of(layer, output).double()  # [groups, rows, p]
-        if layer.bias is not None:
-            z = z - layer.bias.double().reshape(len(z), -1, 1)
-        now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
-        sums[name] += now.flatten(1).cpu()
+    def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(layer, nn.Embedding):  # its units are its rows
+            z = inputs[0].new_zeros(3, len(layer.weight), dtype=torch.float64)
+            squares = output.double().square().sum(-1).flatten()
+            now = z.index_add_(1, inputs[0].flatten(), torch.stack([0 * squares, squares, squares]))
+        else:
+            z = units_of(layer, output).double()  # [groups, rows, p]
+            if layer.bias is not None:
+                z = z - layer.bias.double().reshape(len(z), -1, 1)
+            now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
+        now = now.flatten(1).cpu()
+        sums[path] = sums[path] + now if path in sums else now
 
-    moments.watch(network, images, layers, add)
+    watch(network, images, layers, add)
     total = weights = 0.0
-    for name, (first, second, count) in sums.items():
-        if bool(count.any()) and (unit := units.get(weight_name(name))) is not None:
-            if layers[name].bias is not None:
+    for path, (first, second, count) in sums.items():
+        layer, place = layers[path], Place.of(path, layers[path])
+        if (unit := units.get(place.name)) is not None:
+            if bias_of(layer) is not None:
                 means = first.square() / count
                 share = moments.borrowed(float(second.sum()), float(means.sum()), len(images))
                 second = second - means + share * second
-            total += float((second * unit.double().cpu()).sum()) / len(images)
-            weights += layers[name].weight.numel()
+            total += float((second * place(unit).double().cpu()).sum()) / len(images)
+            weights += layer.weight.numel()
     return total / max(1.0, weights) or 1.0

@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import moments
+from ..attention import opened, views_of
 from ..finetune import finetune
+from ..linear import Layer, Place, bias_of, layers_of, patches_of, watch
+from ..moments import input_moments
 from ..prune import Removed
 from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
-from .ratedistortion import Problem, RateDistortion
+from .ratedistortion import RateDistortion
 from .sequential import Sequential
+from .sizes import Problem
 
 EVERY = 4  # steps between assignments
 
@@ -69,15 +72,24 @@ def _put(places: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Mean patch [groups, d] that each layer of a network in evaluation mode reads, by weight."""
+    """Mean patch [groups, d] that each layer with known inputs reads, by weight name."""
+    network = opened(network)
+    means: dict[str, list[Tensor]] = {}
+    layers = {
+        path: layer for path, layer in layers_of(network).items() if bias_of(layer) is not None
+    }
     sums: dict[str, Tensor] = {}
 
-    def add(path: str, layer: moments.Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        total = moments.patches_of(layer, inputs[0]).sum(2)  # [groups, d + 1]
+    def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+        total = patches_of(layer, inputs[0]).sum(2)  # [groups, d + 1]
         sums[path] = sums.get(path, torch.zeros_like(total)) + total
 
-    moments.watch(network, images, moments.layers_of(network), add)
-    return {moments.weight_name(p): total[:, :-1] / total[:, -1:] for p, total in sums.items()}
+    watch(network, images, layers, add)
+    for path, total in sums.items():
+        means.setdefault(Place.of(path, layers[path]).name, []).append(
+            total[:, :-1] / total[:, -1:]
+        )
+    return {name: torch.cat(parts) for name, parts in means.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class InTraining(Quantizer, ABC):
         fixed = {name: code.decode().to(values[name]) for name, code in codes.items()}
         for name, grid in grids.items():
             grid.start(values[name])
-        means = input_means(removed.network, images)
+        means, views = input_means(removed.network, images), views_of(removed.network)
 
         def coded(step: int) -> dict[str, Tensor]:
             new = dict(fixed)
@@ -136,7 +148,7 @@ class InTraining(Quantizer, ABC):
                 bias = name.removesuffix("weight") + "bias"
                 if name in means and bias in values:
                     mean = means[name][..., None]  # [groups, d, 1]
-                    rows = (values[name] - new[name]).reshape(len(mean), -1, mean.shape[1])
+                    rows = views[name].rows(values[name] - new[name])
                     new[bias] = values[bias] + (rows @ mean).flatten()
             return new
 
@@ -200,13 +212,17 @@ class Trained(InTraining, Sequential):
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """What ``Sequential`` needs, and the moments of inputs in the uncoded network."""
-        seen = moments.input_moments(removed.network, images, centered=True)
-        return replace(super().prepare(removed, images, labels), moments=seen)
+        seen = input_moments(removed.network, images, centered=True)
+        problem = super().prepare(removed, images, labels)
+        return replace(problem, moments=seen, views=views_of(removed.network))
 
     def start(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes], dict[str, Grid]]:
-        """Grids of all layers whose inputs have a known moment; the others get eight bits."""
+        """Grids of all layers whose inputs have a known moment; the others get eight bits.
+
+        In-projections coded in parts stay as they are coded.
+        """
         network = copy.deepcopy(removed.network)
         if self.coded:
             network, codes = Sequential.store(self, removed, prepared, images)
@@ -214,15 +230,17 @@ class Trained(InTraining, Sequential):
             weights = {name: network.get_parameter(name).detach() for name in removed.masks}
             codes = RateDistortion.codes(self, weights, removed.masks, prepared)
         lam, grids = self.price * prepared.damage, {}
-        for name in [name for name in codes if name in prepared.moments]:
+        for name in [n for n in codes if n in prepared.moments and codes[n].kind == "uniform"]:
             weight, step = network.get_parameter(name).detach(), float(codes.pop(name).grid)
+            view = prepared.views[name]
             energy = prepared.moments[name].diagonal(dim1=-2, dim2=-1)  # [d] or [groups, d]
-            energy = energy.reshape(-1, 1, weight[0].numel())
-            damage = prepared.units[name].to(energy).reshape(len(energy), -1, 1) * energy
+            energy = energy.reshape(view.groups, 1, view.inputs)
+            units = view.units(prepared.units[name].to(energy), view.rows(weight))
+            damage = units.reshape(view.groups, -1, 1) * energy
             grids[name] = Grid(
                 step,
                 math.ceil(1.5 * float(weight.abs().max()) / step) + 1,
-                (step**2 * damage).reshape(weight.shape).to(weight),
+                view.weight(step**2 * damage, weight.shape).to(weight),
                 lam,
                 removed.masks[name].to(weight.device),
             )

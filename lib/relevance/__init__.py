@@ -153,8 +153,8 @@ def unit_sensitivity(
     dict of str to Tensor [output units]
         Weight name -> ``G_k``, at least 0: the weight that the squared quantization error of unit
         k deserves. Units are the rows of the weight; for transposed convolutions the output
-        channels; for embeddings its rows, averaged over all positions of the input, also those
-        that look up other rows.
+        channels; for embeddings its rows, averaged over the positions that look them up, 0 where
+        there is none.
 
     Raises
     ------

@@ -193,9 +193,10 @@ class Units(Collected):
         size, width = self.weights[name][first:last].shape
         flat = indices.reshape(-1)
         squared = g.reshape(-1, width).square().mean(1)  # [look-ups]
-        self._add(layer, g.new_zeros(size).index_add_(0, flat, squared), len(flat))
+        squared = g.new_zeros(size).index_add_(0, flat, squared)
+        self._add(layer, squared, flat.bincount(minlength=size))
 
-    def _add(self, layer: Layer, squared: Tensor, count: int) -> None:
+    def _add(self, layer: Layer, squared: Tensor, count: int | Tensor) -> None:
         name, first, last = layer.place
         if name not in self.totals:
             size = len(squared) if last is None else len(self.weights[name])

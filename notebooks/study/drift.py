@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.fold import fold_batchnorm
-from lib.moments import hooked, layers_of
+from lib.linear import hooked, layers_of
 
 from .profiles import Case
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lib.finetune import evaluate
 from lib.fold import fold_batchnorm
+from lib.linear import hooked
 from lib.masks import apply, density
-from lib.moments import hooked
 from lib.relevance import Rule, scored_weights, weight_relevance
 from lib.repair import refit
 
