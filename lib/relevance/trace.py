@@ -25,6 +25,7 @@ from .kinds import (
     QUOTIENTS,
     RECIPROCALS,
     UNSEEN,
+    positional,
 )
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
@@ -167,8 +168,7 @@ class Propagation(TorchFunctionMode):
 
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any:
         """The result of a function that is no layer."""
-        for operand in ("other", "exponent"):
-            args = (*args, kwargs.pop(operand)) if operand in kwargs else args
+        args = positional(args, kwargs)
         if name in LIKE:
             args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
