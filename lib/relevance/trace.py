@@ -62,8 +62,8 @@ class Propagation(TorchFunctionMode):
         super().__init__()
         self.model, self.choose, self.collector = model, choose, collector
         self.names, self.ordinary = names, ordinary
-        own = {id(p) for p in model.parameters()} - names.keys()
-        self.fixed = {id(b) for b in model.buffers()} | own
+        own = (p for p in model.parameters() if id(p) not in names)
+        self.fixed = {t.untyped_storage().data_ptr() for t in (*model.buffers(), *own)}
         self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
         self.leaves: dict[Key, Tensor] = {}
         self.changes, self.running = Changes(self.vouch), False
@@ -282,7 +282,7 @@ class Propagation(TorchFunctionMode):
             if at[1]:
                 raise refusal(self, at[0], "linear, transposed")
             return at[0]
-        if id(w) in self.fixed or hasattr(w, "computed"):
+        if hasattr(w, "computed") or w.untyped_storage().data_ptr() in self.fixed:
             return None
         raise self.refuse(
             "a weight computed in the forward pass",
