@@ -38,6 +38,8 @@ def _types(owner: type) -> dict[str, Any]:
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
     if kind in NUMBERS:
         return isinstance(value, NUMBERS[kind][0]) and not isinstance(value, bool)
     if origin in (Union, UnionType):
