@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import multiprocessing
+import resource
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ TABLE, SUMMARY = HERE / "architectures.csv", HERE / "ARCHITECTURES.md"
 COLUMNS = ("model", "weights", "input", "scored", "why", "difference", "values", "compressed",
            "loaded", "onnx", "seconds")  # fmt: skip
 CLOSE = 1e-4  # relative difference of a weight's scores; models that round to float32 have 1e-5
+PATIENCE = 10  # seconds waited for one of the processor
 WHOLE = 0.9  # share of the weights in matrices from which a network counts as scored
 SAME = 1e-4  # of logits computed in two processes, relative to how they vary over inputs
 
@@ -56,7 +58,8 @@ def score(name: str, folder: Path, note) -> None:
         note(scored="not built", why=str(error)[:300])
         return
     weights = sum(p.numel() for p in network.parameters())
-    note(weights=weights, input="x".join(map(str, inputs.shape[1:])), why="out of time")
+    shape = "x".join(map(str, inputs.shape[1:]))
+    note(weights=weights, input=shape, scored="no", why="out of time")
     labels = torch.arange(len(inputs)) % zoo.CLASSES
     double = network.double()
     exact = inputs.double() if inputs.is_floating_point() else inputs
@@ -126,9 +129,10 @@ def export(name: str, folder: Path, note) -> None:
 PHASES = (score, load, export)
 
 
-def _phase(number: int, name: str, folder: Path) -> None:
+def _phase(number: int, name: str, folder: Path, limit: int) -> None:
     """In a process of its own; results so far stand in a file, whatever happens next."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # ends it, however busy the machine
     for stream in (1, 2):  # exporters print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     notes: dict[str, object] = {}
@@ -153,7 +157,7 @@ def _phase(number: int, name: str, folder: Path) -> None:
 class Job:
     """One architecture, phase after phase."""
 
-    def __init__(self, name: str, limit: float):
+    def __init__(self, name: str, limit: int):
         self.name, self.limit = name, limit
         self.folder = tempfile.TemporaryDirectory()
         self.number, self.began = -1, time.monotonic()
@@ -165,10 +169,10 @@ class Job:
         path = Path(self.folder.name)
         if self.number == len(PHASES) or (self.number and not (path / "logits.pt").exists()):
             return False
-        arguments = (self.number, self.name, path)
+        arguments = (self.number, self.name, path, self.limit)
         self.process = multiprocessing.get_context("fork").Process(target=_phase, args=arguments)
         self.process.start()
-        self.until = time.monotonic() + self.limit
+        self.until = time.monotonic() + PATIENCE * self.limit
         return True
 
     def running(self) -> bool:
@@ -207,7 +211,7 @@ def write(rows: dict[str, dict], order: list[str]) -> None:
         table.writerows(sorted(rows.values(), key=lambda row: order.index(row["model"])))
 
 
-def summary(rows: list[dict]) -> str:
+def summary(rows: list[dict], order: list[str]) -> str:
     """What the table says, in Markdown."""
     import timm
     import torchvision
@@ -234,8 +238,10 @@ def summary(rows: list[dict]) -> str:
         compared = sum(bool(row["difference"]) for row in own)
         packed = sum(row["compressed"].endswith("x") for row in own)
         loaded, onnx = (sum(row[key] == "yes" for row in own) for key in ("loaded", "onnx"))
+        known = sum(name.startswith(library) for name in order)
         lines.append(
-            f"| {library or 'all'} | {len(own)} | {len(scored)} ({len(scored) / len(own):.0%}) "
+            f"| {library or 'all'} | {len(own)} of {known} | {len(scored)} "
+            f"({len(scored) / len(own):.0%}) "
             f"| {right} / {compared} | {packed} | {loaded} | {onnx} |"
         )
     kinds = (
@@ -258,9 +264,10 @@ def main() -> None:
     """Try what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for each phase of one")
+    parser.add_argument("--limit", type=int, default=120, help="processor seconds of each phase")
     parser.add_argument("--total", type=float, default=1e9, help="seconds after which none begins")
     parser.add_argument("--models", default="*", help="pattern, as in 'timm/*'")
+    parser.add_argument("--smallest", action="store_true", help="those of fewest weights first")
     parser.add_argument("--again", action="store_true", help="also what is in the table already")
     options = parser.parse_args()
     order = zoo.names()  # imports every library once, before processes are made from this one
@@ -269,6 +276,8 @@ def main() -> None:
         name for name in order
         if fnmatchcase(name, options.models) and (options.again or name not in rows)
     ][::-1]  # fmt: skip
+    if options.smallest:
+        waiting.sort(key=zoo.size, reverse=True)
     last, jobs = time.monotonic() + options.total, []
     while waiting or jobs:
         if time.monotonic() > last:
@@ -283,7 +292,7 @@ def main() -> None:
             print(f"{job.name}: {', '.join(filter(None, shown))[:200]}", flush=True)
         time.sleep(0.05)
     write(rows, order)
-    SUMMARY.write_text(summary(list(read().values())))
+    SUMMARY.write_text(summary(list(read().values()), order))
 
 
 if __name__ == "__main__":

@@ -53,10 +53,13 @@ _SMALL = {
     "intermediate_size encoder_ffn_dim decoder_ffn_dim d_ff ffn_dim n_inner": 64,
     "ffn_hidden_size moe_intermediate_size max_position_embeddings n_positions": 64,
     "shared_expert_intermediate_size max_source_positions": 64,
-    "d_kv head_dim": 8,
+    "d_kv head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim": 8,
+    "q_lora_rank kv_lora_rank": 16,
+    "num_experts_per_tok": 2,
     "vocab_size": 100,
     "pad_token_id": 0,
 }
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # of several kinds in turn
 SMALL = {option: value for options, value in _SMALL.items() for option in options.split()}
 
 
@@ -100,6 +103,19 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     except Exception as error:
         failures.append(f"{type(error).__name__}: {error}")
     raise ValueError(failures[0].splitlines()[0] if failures else "no inputs to try")
+
+
+def size(name: str) -> float:
+    """Number of weights, told without making them; infinite where that fails."""
+    library, _, kind = name.partition("/")
+    made = {"torchvision": _vision, "timm": _timm, "transformers": _transformer}[library](kind)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make, _ = next(made)
+            return sum(p.numel() for p in make().parameters())
+    except Exception:  # as in build
+        return float("inf")
 
 
 def _randomise(network: nn.Module) -> None:
@@ -174,10 +190,13 @@ def _transformer(kind: str) -> Iterator:
     ids = torch.randint(3, 100, (SAMPLES, TOKENS))
     ids[:, -1] = 2  # the end of a sentence
     plain = {} if cls.main_input_name == "input_ids" else {"num_labels": CLASSES}
-    for made in filter(None, (options, plain)):  # small text models only: others have billions
+    more = options | {option: 4 for option in options if option in _LAYERS}
+    for made in filter(None, (options, more, plain)):  # small text models: others have billions
 
         def make(made: dict = made) -> nn.Module:
-            return cls(transformers.CONFIG_MAPPING[kind](**made))
+            config = transformers.CONFIG_MAPPING[kind](**made)
+            config._experts_implementation = "eager"  # the others have no float64
+            return cls(config)
 
         if cls.main_input_name == "pixel_values":
             for size in SIZES:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fold import fold_batchnorm
+from .fold import fold
 from .inputs import batched, check_logits, check_samples, copied, own, probed
 from .relevance import scored_weights, totals
 
@@ -47,7 +47,8 @@ def magnitude(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
 
 def magnitude_folded(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     """Absolute value of the weight with BatchNorm folded into it, as it is stored."""
-    return magnitude(fold_batchnorm(model, images), images, labels)
+    folded = fold(model, images)
+    return folded.stored(magnitude(folded.network, images, labels))
 
 
 def wanda(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:

@@ -1,21 +1,19 @@
 """Folding of BatchNorm into the layer before it, and back into a state_dict of the user's model."""
 
 import copy
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
 
+from .batchnorm import BATCHNORMS, FOLDABLE, TRANSPOSED, batchnorm_pairs, sure_of_axis
+from .dense import as_linear, dense_layers
 from .inputs import HALVES, copied, probed, tensors
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 COMPARED = 8  # images on which outputs are compared
 
 
@@ -32,11 +30,26 @@ class Folded:
         the folded weight under the same name, and a bias.
     pairs : dict of str to str
         Module path of each folded BatchNorm -> path of its layer.
+    dense : dict of str to bool
+        Module path of each dense layer of another class, in whose place the copy has an
+        ``nn.Linear`` -> whether the model's weight is [inputs, outputs].
     """
 
     model: nn.Module
     network: nn.Module
     pairs: dict[str, str]
+    dense: dict[str, bool] = field(default_factory=dict)
+
+    def stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the network's weights by name, shaped like the weights of the model."""
+        turned = self._turned()
+        return {n: v.mT.contiguous() if n in turned else v for n, v in values.items()}
+
+    def _turned(self) -> set[str]:
+        """Names of the weights that are [inputs, outputs] in the model, in each of their places."""
+        modules = [self.model.get_submodule(path) for path, turned in self.dense.items() if turned]
+        places = self.model.named_modules(remove_duplicate=False)
+        return {f"{path}.weight" for path, module in places if module in modules}
 
     def scales(self) -> dict[str, Tensor]:
         """Factors by which folding multiplied each weight.
@@ -47,9 +60,11 @@ class Folded:
             Name of every parameter of the network with two or more axes -> positive factors,
             shaped like it; 1 where the factor is not defined, since the weight is zero.
         """
-        scales = {}
+        own, scales = {f"{path}.weight" for path in self.dense}, {}
         for name, after in self.network.named_parameters():
-            if after.ndim > 1:
+            if after.ndim > 1 and name in own:
+                scales[name] = torch.ones_like(after)
+            elif after.ndim > 1:
                 scale = (after.detach() / self.model.get_parameter(name).detach()).abs()
                 scales[name] = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
         return scales
@@ -86,11 +101,16 @@ class Folded:
                 "num_batches_tracked": 0,
             }
             for name, like in norm.state_dict().items():
-                value = neutral[name]
-                value = value if isinstance(value, Tensor) else filled(value, like)
-                unfolded[f"{norm_path}.{name}"] = value
+                if name in neutral:  # its activation may have parameters of its own
+                    value = neutral[name]
+                    value = value if isinstance(value, Tensor) else filled(value, like)
+                    unfolded[f"{norm_path}.{name}"] = value
             if self.model.get_submodule(layer_path).bias is not None:
                 unfolded[f"{layer_path}.bias"] = filled(0.0, shift)
+        again: dict[int, Any] = {}  # what stands in several places is stored once
+        for name in self._turned() & entries.keys():
+            entry = entries[name]
+            unfolded[name] = again.setdefault(id(entry), _turned(name, entry))
         return {name: unfolded[name] for name in self.model.state_dict() if name in unfolded}
 
 
@@ -117,137 +137,43 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     ``w' = w γ / sqrt(σ² + ε)`` per output channel and ``b' = β + (b − μ) γ / sqrt(σ² + ε)``
     (Ioffe and Szegedy 2015; Jacob et al. 2018, section 3.2). The pairs are read off the modules'
     order, not off shapes: a BatchNorm that normalises another axis than its layer's outputs shows
-    in the outputs alone. A network in half precision is copied to float32.
+    in the outputs alone. Dense layers of other classes than ``nn.Linear`` (GPT-2's ``Conv1D``)
+    become that first. A network in half precision is copied to float32.
     """
-    network, pairs = copied(model).eval(), batchnorm_pairs(model)
+    images = None if images is None or len(images) == 0 else images
+    network, own = copied(model).eval(), dense_layers(model)
+    pairs = batchnorm_pairs(model, images)
     if any(p.dtype in HALVES for p in network.parameters()):
         network.float()  # products of relevance and sums of moments leave the range of halves
-    if images is None or len(images) == 0:
+    if images is None:
+        pairs = {norm: layer for norm, layer in pairs.items() if _is_torchs(model, norm)}
         if any(isinstance(model.get_submodule(layer), nn.Linear) for layer in pairs.values()):
-            sure = _sure_of_axis(copy.deepcopy(network))
+            sure = sure_of_axis(copy.deepcopy(network))
             pairs = {norm: layer for norm, layer in pairs.items() if layer in sure}
-        return Folded(model, _fuse(network, pairs), pairs)
-    if not pairs:
+        return Folded(model, as_linear(_fuse(network, pairs), own), pairs, own)
+    if not (pairs or own):
         return Folded(model, network, {})
-    before, folded = _outputs(network, images), _fuse(copy.deepcopy(network), pairs)
-    if _gives(folded, images, before):
-        return Folded(model, folded, pairs)
-    kept = {}
-    for norm_path, layer_path in pairs.items():
-        folded = _fuse(copy.deepcopy(network), {norm_path: layer_path})
-        if _gives(folded, images, before):
-            network, kept[norm_path] = folded, layer_path
-    return Folded(model, network, kept)
+    before = _outputs(network, images)
+
+    def kept(change: Callable, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Change the network where that leaves its outputs as they are: all at once, or singly."""
+        nonlocal network
+        done: dict[str, Any] = {}
+        for some in (wanted, *({path: what} for path, what in wanted.items())):
+            if some and not done.keys() >= some.keys():
+                changed = change(copy.deepcopy(network), some)
+                if _gives(changed, images, before):
+                    network, done = changed, done | some
+        return done
+
+    dense = kept(as_linear, own)
+    pairs = kept(_fuse, pairs)
+    return Folded(model, network, pairs, dense)
 
 
 def fold_batchnorm(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """The network of ``fold``: a copy in evaluation mode with its BatchNorms folded."""
     return fold(model, images).network
-
-
-def batchnorm_pairs(model: nn.Module) -> dict[str, str]:
-    """Find each BatchNorm that can be folded and the layer it belongs to.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any network; a copy of it is traced symbolically. Where that fails, only neighbours inside
-        an ``nn.Sequential`` are paired.
-
-    Returns
-    -------
-    dict of str to str
-        Module path of the BatchNorm -> path of the linear or convolution layer whose only reader
-        it is. A BatchNorm without running statistics, behind a layer used twice, behind one whose
-        weight is shared or computed (a parametrization), or behind anything else, is absent.
-    """
-    modules = dict(model.named_modules())
-    if not any(isinstance(module, BATCHNORMS) for module in modules.values()):
-        return {}
-    every = [module for _, module in model.named_modules(remove_duplicate=False)]
-    places = Counter(id(module) for module in every)
-    owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
-    try:
-        # A copy, since a forward that keeps what it computed would keep the tracer's objects.
-        candidates = _traced_pairs(copied(model).eval())
-    except Exception:  # a forward with data-dependent control flow fails in ways of its own
-        candidates = _sequential_pairs(model)
-
-    def foldable(layer: nn.Module, norm: nn.Module) -> bool:
-        if not isinstance(layer, FOLDABLE) or not isinstance(norm, BATCHNORMS):
-            return False
-        weight = layer._parameters.get("weight")
-        return (
-            norm.track_running_stats
-            and weight is not None
-            and owners[id(weight)] == 1
-            and places[id(layer)] == places[id(norm)] == 1
-            and not (is_parametrized(layer) or is_parametrized(norm))
-            and not (isinstance(layer, TRANSPOSED) and layer.groups > 1)
-            and norm.num_features == weight.shape[isinstance(layer, TRANSPOSED)]
-        )
-
-    return {
-        norm: layer
-        for layer, norm in candidates
-        if layer in modules and norm in modules and foldable(modules[layer], modules[norm])
-    }
-
-
-def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Paths of modules and of the BatchNorm that alone reads each, both called once."""
-    modules = dict(model.named_modules())
-    every = list(fx.Tracer().trace(model).nodes)
-    nodes = [node for node in every if node.op == "call_module"]
-    read = {str(node.target).rpartition(".")[0] for node in every if node.op == "get_attr"}
-    calls = Counter(node.target for node in nodes)
-    return [
-        (str(node.args[0].target), str(node.target))
-        for node in nodes
-        if isinstance(modules[node.target], BATCHNORMS)
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "call_module"
-        and len(node.args[0].users) == 1
-        and calls[node.target] == calls[node.args[0].target] == 1
-        and not read & {str(node.target), str(node.args[0].target)}
-    ]
-
-
-def _sure_of_axis(model: nn.Module) -> set[str]:
-    """Paths of convolutions, and of linear layers that surely read [samples, inputs]."""
-    modules = dict(model.named_modules())
-    sure = {path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd)}
-    try:
-        nodes = fx.Tracer().trace(model).nodes
-    except Exception:  # as in batchnorm_pairs
-        return sure
-    flat: set[Any] = set()
-    for node in nodes:
-        before = node.args[0] if node.args else None
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Flatten):
-            flattens = (module.start_dim, module.end_dim) == (1, -1)
-        elif module is not None:  # of those without children, no other changes the rank
-            flattens = before in flat and not list(module.children())
-        elif node.target in ("view", "reshape"):
-            flattens = len(node.args) == 3
-        else:
-            flattens = node.target in ("flatten", torch.flatten) and node.args[1:] == (1,)
-        if flattens:
-            flat.add(node)
-        if isinstance(module, nn.Linear) and before in flat:
-            sure.add(str(node.target))
-    return sure
-
-
-def _sequential_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Paths of all neighbours inside an ``nn.Sequential``."""
-    pairs: list[tuple[str, str]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Sequential):
-            names = [f"{path}.{child}" if path else child for child, _ in module.named_children()]
-            pairs += zip(names, names[1:], strict=False)
-    return pairs
 
 
 def _fuse(network: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
@@ -264,8 +190,28 @@ def _fuse(network: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
             if isinstance(layer, nn.Linear)
             else fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, TRANSPOSED)),
         )
-        network.set_submodule(norm_path, nn.Identity())
+        rest = OrderedDict(norm.named_children())  # an activation, in BatchNorms that have one
+        network.set_submodule(norm_path, nn.Sequential(rest) if rest else nn.Identity())
     return network
+
+
+def _is_torchs(model: nn.Module, path: str) -> bool:
+    """Whether a BatchNorm computes that alone."""
+    norm = model.get_submodule(path)
+    return any(type(norm).forward is kind.forward for kind in BATCHNORMS)
+
+
+def _turned(name: str, entry: Any) -> Any:
+    """What is stored for a weight [outputs, inputs] in the user's order, [inputs, outputs]."""
+    if isinstance(entry, Tensor):
+        return entry.mT.contiguous()
+    if entry.kind == "channel":
+        raise ValueError(
+            f"{name!r} is [inputs, outputs], for which a file has no steps by output channel: use "
+            "codes of another kind (uniform, tier, codebook)"
+        )
+    tiers = None if entry.tiers is None else entry.tiers.mT
+    return replace(entry, symbols=entry.symbols.mT, tiers=tiers)
 
 
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:

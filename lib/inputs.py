@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -93,6 +93,12 @@ def check_model(model: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedLayerError(
                 f"{name} is compiled code of TorchScript: give the nn.Module that it was made from"
+            )
+        nodes = graph.nodes if isinstance(graph := getattr(module, "graph", None), fx.Graph) else ()
+        if any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+            raise UnsupportedLayerError(
+                f"{name} is an exported program, the operations of a network without its layers: "
+                "give the nn.Module that it was exported from"
             )
         for hook in module._forward_pre_hooks.values():
             for kind, remedy in WEIGHT_HOOKS.items():

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from .fields import check_fields
 from .finetune import Batches
 from .fold import Folded
 from .masks import Mask, check_scope, check_share, filters, intersect, keep_top, nonpositive
@@ -62,6 +63,7 @@ class Removal(ABC):
     layerwise: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         criterion(self.by)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, not {self.rounds}")

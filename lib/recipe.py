@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from .fields import check_fields
 from .finetune import OPTIMISERS
 from .prune import KeepFilters, KeepTop, NonPositive, Removal
 from .quantize import LayerWidths, Quantizer, RateDistortion, Sequential, Tiers, Uniform
@@ -31,6 +32,7 @@ class Repair:
     optimiser: str = "adam"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.finetune < 0:
             raise ValueError(f"finetune counts steps and cannot be {self.finetune}")
         if self.optimiser not in OPTIMISERS:
@@ -64,11 +66,7 @@ class Recipe:
     store: Quantizer = field(default_factory=RateDistortion)
 
     def __post_init__(self) -> None:
-        parts = {"remove": Removal | None, "repair": Repair, "store": Quantizer}
-        for name, kind in parts.items():
-            if not isinstance(value := getattr(self, name), kind):
-                wanted = getattr(kind, "__name__", "Removal or None")
-                raise ValueError(f"{name} must be a {wanted}, not {value!r}")
+        check_fields(self)
 
     def at(self, value: float) -> "Recipe":
         """The same recipe with the quantizer's knob at another value."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import baselines
 from .attention import views_of
-from .fold import fold_batchnorm
+from .fold import fold
 from .inputs import check_logits, check_samples, own, split
 from .moments import input_moments
 from .relevance import AGGREGATES, COMPOSITES, RULES, STARTS, scored_weights, unit_sensitivity
@@ -40,13 +40,15 @@ Function = Callable[[nn.Module, Tensor, Tensor], Scores]
 def weight_times_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     """Weight times gradient of the true class's logit, summed over images: LRP in five lines."""
     check_samples(images, labels)
-    network = fold_batchnorm(model, images).requires_grad_(True)  # a copy, in evaluation mode
+    folded = fold(model, images)
+    network = folded.network.requires_grad_(True)  # a copy, in evaluation mode
     weights = scored_weights(network)
     for x, y in zip(split(images, 50), split(labels, 50), strict=True):
         logits, y = network(own(x, network)), y.to(next(network.parameters()).device).long()
         check_logits(logits, y)
         logits.gather(1, y[:, None]).sum().backward()
-    return {n: w.detach() * (0 if w.grad is None else w.grad) for n, w in weights.items()}
+    scores = {n: w.detach() * (0 if w.grad is None else w.grad) for n, w in weights.items()}
+    return folded.stored(scores)
 
 
 @dataclass(frozen=True)

@@ -262,3 +262,28 @@ def test_reading_its_shape_is_no_use_of_a_weight():
         weight_relevance(Net(read), x, y),
         weight_relevance(Net(lambda s, x: s.c(s.a(x).relu())), x, y),
     )
+
+
+class Experts(nn.Module):
+    """A stack of matrices, of which each sample passes one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(2, 4, 4))
+        self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double().eval()
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        h = torch.stack([F.linear(row, self.stack[i % 2]) for i, row in enumerate(h)])
+        return self.c(h.relu())
+
+
+def test_a_part_of_a_parameter_of_no_layer_carries_relevance_and_has_none():
+    model, (x, y) = Experts(), _data()
+    x = x[:1]  # the only one, so that it passes the same matrix alone and in a batch
+    expected = _expected(model, x, y[:1], "sum")
+    scores = weight_relevance(model, x, y[:1])
+    assert set(scores) == {"a.weight", "c.weight"}
+    torch.testing.assert_close(scores, {name: expected[name] for name in scores})

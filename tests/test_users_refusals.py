@@ -69,6 +69,14 @@ MODELS = {
     "state_dict": (lambda: _net().state_dict(), "load_state_dict"),
     "class": (lambda: nn.Linear, "class Linear"),
     "exported": (lambda: torch.export.export(_net(), (_data()[0][:2],)), "exported from"),
+    "exported as a module": (
+        lambda: torch.export.export(_net(), (_data()[0][:2],)).module(),
+        "exported program.*exported from",
+    ),
+    "exported and unflattened": (
+        lambda: torch.export.unflatten(torch.export.export(_net(), (_data()[0][:2],))),
+        "exported program.*exported from",
+    ),
     "scripted": (_scripted, "TorchScript"),
     "masks": (_pruned, r"'0' \(Linear\).*prune.remove"),
     "weight_norm": (lambda: _hooked(nn.utils.weight_norm), "'0'.*remove_weight_norm"),

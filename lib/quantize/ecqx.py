@@ -1,6 +1,7 @@
 """ECQx: relevance in the assignment of entropy-constrained training, a rival to compare with."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class ECQx(InTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         criterion(self.by)
-        check(self.price > 0, f"price must be positive, not {self.price}")
+        check(0 < self.price < math.inf, f"price must be positive, not {self.price}")
         check(2 <= self.bits <= 8, f"bits must lie in [2, 8], not {self.bits}")
         check(0 < self.power <= 1, f"power must lie in (0, 1], not {self.power}")
 

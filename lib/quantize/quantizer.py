@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..fields import check_fields
 from ..prune import Removed
 from ..repair import bias_correction
 from .codes import Codes
@@ -30,6 +31,10 @@ class Quantizer:
     trains: ClassVar[bool] = False
     knob: ClassVar[str]
     settings: ClassVar[Sequence[float]]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field of another type than declared; extend it by the ranges."""
+        check_fields(self)
 
     @property
     def value(self) -> float:

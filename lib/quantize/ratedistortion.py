@@ -45,6 +45,7 @@ class RateDistortion(Quantizer):
     price: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         criterion(self.by)
         check(0 < self.price < math.inf, f"price must be positive, not {self.price}")
 

@@ -61,7 +61,7 @@ class Sequential(RateDistortion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.ridge > 0, f"ridge must be positive, not {self.ridge}")
+        check(0 < self.ridge < math.inf, f"ridge must be positive, not {self.ridge}")
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """Weights of the units and the unit of damage; moments follow layer by layer."""

@@ -37,6 +37,7 @@ class Tiers(Quantizer):
     widths: tuple[int, ...] = (0, 2, 4, 8)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         criterion(self.by)
         check(0 < self.bits <= 8, f"bits must lie in (0, 8], not {self.bits}")
         ascending = self.widths[:1] == (0,) and list(self.widths) == sorted({*self.widths})

@@ -111,6 +111,7 @@ class InTraining(Quantizer, ABC):
     rate: float = 0.015
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.steps > 0, f"steps must be positive, not {self.steps}")
         check(0 < self.rate < 1, f"rate must lie in (0, 1), not {self.rate}")
 
@@ -205,10 +206,6 @@ class Trained(InTraining, Sequential):
     """
 
     coded: bool = False
-
-    def __post_init__(self) -> None:
-        InTraining.__post_init__(self)
-        Sequential.__post_init__(self)
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> Problem:
         """What ``Sequential`` needs, and the moments of inputs in the uncoded network."""

@@ -39,6 +39,7 @@ class LayerWidths(Quantizer):
     bits: float = 4.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         criterion(self.by)
         check(1 <= self.bits <= 8, f"bits must lie in [1, 8], not {self.bits}")
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..dense import dense_layers
 from ..fold import TRANSPOSED
 from ..inputs import Output, UnsupportedLayerError, check_samples, unwrapped
 from .collect import Run, totals
@@ -183,7 +184,8 @@ def filter_relevance(
         Weight name -> scores, shaped like the weight.
     model : nn.Module, optional
         The model scored. Needed where it has transposed convolutions, whose weights are
-        [inputs, outputs / groups, ...]; all others are [outputs, ...].
+        [inputs, outputs / groups, ...], or layers as GPT-2's ``Conv1D``, [inputs, outputs]; all
+        others are [outputs, ...].
 
     Returns
     -------
@@ -196,8 +198,11 @@ def filter_relevance(
         for path, layer in layers
         if isinstance(layer, TRANSPOSED)
     }
+    dense = {} if model is None else dense_layers(unwrapped(model))
+    turned = {f"{path}.weight" for path, is_turned in dense.items() if is_turned}
     sums = {}
     for name, score in scores.items():
+        score = score.mT if name in turned else score
         if name in groups:
             # [inputs, outputs / groups, ...] -> [outputs, inputs / groups, ...]
             score = score.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)

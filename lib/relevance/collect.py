@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..fold import fold_batchnorm
+from ..fold import fold
 from ..inputs import (
     Output,
     UnsupportedLayerError,
@@ -65,7 +65,7 @@ class Run(Generic[C]):
         choose = chooser(rule)
         check_samples(images, labels)
         choose = bounded(choose, images)
-        names = scored_weights(model)
+        scored_weights(model)  # or there is nothing to do
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise UnsupportedLayerError(
@@ -75,10 +75,12 @@ class Run(Generic[C]):
                 )
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
-        private = fold_batchnorm(model if output is None else copied(model, output), images)
-        weights = {name: private.get_parameter(name).detach() for name in names}
+        self.folded = fold(model if output is None else copied(model, output), images)
+        private = self.folded.network
+        scored = scored_weights(private)
+        weights = {name: weight.detach() for name, weight in scored.items()}
         self.device = next(iter(weights.values())).device
-        keys = {id(private.get_parameter(name)): name for name in names}
+        keys = {id(weight): name for name, weight in scored.items()}
         self.collector = collector(weights)
         self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
         self._follow(private, rule)
@@ -151,7 +153,8 @@ def totals(
     """
     if wanted not in WANTED:
         raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
-    found = Run(WANTED[wanted], model, images, labels, **how).collect().totals
+    run = Run(WANTED[wanted], model, images, labels, **how)
     weights = dict(unwrapped(model).named_parameters())
+    found = run.folded.stored(run.collect().totals)
     # In half precision everything is computed in float32.
     return {name: total.to(weights[name].dtype) for name, total in found.items()}

@@ -1,6 +1,7 @@
 """Torch functions by name: what relevance does at each."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ FUSED: dict[str, tuple[Callable, str]] = {
     "addmm": (torch.mm, "alpha"), "baddbmm": (torch.bmm, "alpha"),
     "addcmul": (torch.mul, "value"), "addcdiv": (torch.div, "value"),
 }  # fmt: skip
+# Arguments that come next, where they are given by name
+OPERANDS = ("other", "exponent", "mat1", "batch1", "tensor1", "mat2", "batch2", "tensor2")
 CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
 }  # fmt: skip
@@ -48,3 +51,8 @@ ADVICE = {
     "lstm": "score the layers around the recurrence separately",
     "gru": "score the layers around the recurrence separately",
 }
+
+
+def positional(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """The arguments with those of ``OPERANDS``, which ``kwargs`` loses."""
+    return (*args, *(kwargs.pop(name) for name in OPERANDS if name in kwargs))

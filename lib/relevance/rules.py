@@ -1,5 +1,6 @@
 """LRP rules: how one linear layer shares the relevance of an output among its contributions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -7,6 +8,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from ..fields import check_fields
 
 EPSILON = 1e-16
 
@@ -69,11 +72,12 @@ class Rule:
     gate: str = "shapley"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.name not in RULES:
             known = ", ".join((*RULES, *COMPOSITES))
             raise ValueError(f"unknown rule {self.name!r}; known: {known}")
-        if self.epsilon < 0 or self.gamma < 0:
-            raise ValueError("epsilon and gamma must not be negative")
+        if not (0 <= self.epsilon < math.inf and 0 <= self.gamma < math.inf):
+            raise ValueError("epsilon and gamma must be finite and not negative")
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}; known: {', '.join(GATES)}")
 
@@ -132,6 +136,8 @@ def chooser(rule: RuleLike) -> Chooser:
             return next(fitting, otherwise)(path, convolution, first)
 
         return choose
+    if not isinstance(rule, str):
+        raise ValueError(f"rule must be a name, a Rule or a mapping to these, not {rule!r}")
     if rule in COMPOSITES:
         dense, conv, special = COMPOSITES[rule]
         return lambda path, convolution, first: Rule(

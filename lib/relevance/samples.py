@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..dense import dense_layers
+
 STARTS = ("target", "contrastive", "softmax-gradient")
 AGGREGATES = ("sum", "abs", "rms")
 SCORED = (
@@ -30,7 +32,7 @@ def scored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     ValueError
         There is none.
     """
-    found = set()
+    found = {id(model.get_submodule(path).weight) for path in dense_layers(model)}
     for module in model.modules():
         if isinstance(module, SCORED):
             found.add(id(module._parameters.get("weight")))

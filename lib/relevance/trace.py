@@ -48,8 +48,8 @@ class Propagation(TorchFunctionMode):
         super().__init__()
         self.model, self.choose, self.collector = model, choose, collector
         self.names, self.ordinary = names, ordinary
-        own = {id(p) for p in model.parameters()} - names.keys()
-        self.fixed = {id(b) for b in model.buffers()} | own
+        own = (p for p in model.parameters() if id(p) not in names)
+        self.fixed = {t.untyped_storage().data_ptr() for t in (*model.buffers(), *own)}
         self.running = False
         self._forget()
         for path, module in model.named_modules():
@@ -154,8 +154,7 @@ class Propagation(TorchFunctionMode):
 
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any:
         """The result of a function that is no layer."""
-        for operand in ("other", "exponent"):
-            args = (*args, kwargs.pop(operand)) if operand in kwargs else args
+        args = kinds.positional(args, kwargs)
         if name in kinds.LIKE:
             args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
@@ -269,7 +268,7 @@ class Propagation(TorchFunctionMode):
             if at[1]:
                 raise refusal(self, at[0], "linear, transposed")
             return at[0]
-        if id(w) in self.fixed or hasattr(w, "computed"):
+        if hasattr(w, "computed") or w.untyped_storage().data_ptr() in self.fixed:
             return None
         raise self.refuse(
             "a weight computed in the forward pass",
