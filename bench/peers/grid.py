@@ -1,43 +1,51 @@
-"""Settings that each coder is run with: chosen among by validation accuracy and bytes."""
+"""Settings that each coder is run with: chosen among by validation accuracy and bytes.
 
-from itertools import product
+They stand in ladders, from large files to small ones; a ladder ends at the first file that loses
+too much.
+"""
 
-_STEPS = {"": range(-34, -7), "resnet20": range(-40, -13), "vgg16": range(-40, -17)}
+_STEPS = {"resnet20": range(-28, -7), "vgg16": range(-36, -15)}
 """By model, quantization parameters of NNCodec; four more double the step."""
-_NONWEIGHT = (-75, -36, -32)
-"""The same for what is not a weight: its default, and coarser."""
-_LAMBDAS = (0.0, 0.3, 1.0)
-"""What a bit costs its trellis; zero: nothing."""
+_OTHERS = range(-28, -7)
+_NNCODEC = (
+    {"nonweight_qp": -75, "lambda_scale": 0.0},  # the default
+    {"nonweight_qp": -32, "lambda_scale": 0.0},  # coarser steps for what is not a weight
+    {"nonweight_qp": -28, "lambda_scale": 0.0},
+    {"nonweight_qp": -28, "lambda_scale": 0.2},  # its trellis pays for bits, too
+    {"nonweight_qp": -28, "lambda_scale": 1.0},
+)
 
 
-def _nncodec(model: str) -> list[dict]:
+def _nncodec(model: str) -> list[list[dict]]:
+    """Dependent quantization throughout; BatchNorm folded wherever the default is left."""
+    norms = not model.startswith("lenet")
     return [
-        {"qp": qp, "nonweight_qp": other, "lambda_scale": price, "use_dq": True, "bnf": bnf}
-        for bnf, price, other, qp in product(
-            (False,) if model.startswith("lenet") else (False, True), _LAMBDAS, _NONWEIGHT,
-            _STEPS.get(model, _STEPS[""]),
-        )
-    ]  # fmt: skip
-
-
-def _deep_compression(model: str) -> list[dict]:
-    thresholds = (0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
-    return [
-        {"threshold": threshold, "clusters": clusters}
-        for threshold, clusters in product(thresholds, (4, 6, 8, 12, 16, 24, 32, 64))
+        [
+            {"qp": qp, **others, "use_dq": True, "bnf": norms and others != _NNCODEC[0]}
+            for qp in _STEPS.get(model, _OTHERS)
+        ]
+        for others in _NNCODEC
     ]
 
 
-def _gptq(model: str) -> list[dict]:
-    return [{"bits": bits, "group": group} for bits, group in product((2, 3, 4), (0, 64))]
+def _deep_compression(model: str) -> list[list[dict]]:
+    thresholds = (0, 0.3, 0.6, 0.8, 1.0, 1.25, 1.5)
+    return [
+        [{"threshold": threshold, "clusters": clusters} for threshold in thresholds]
+        for clusters in (32, 16, 8, 4)
+    ]
 
 
-def _quanto(model: str) -> list[dict]:
-    return [{"weights": kind} for kind in ("qint2", "qint4", "qint8")]
+def _gptq(model: str) -> list[list[dict]]:
+    return [[{"bits": bits, "group": group} for bits in (4, 3, 2)] for group in (0, 64)]
 
 
-def _torchao(model: str) -> list[dict]:
-    return [{"bits": bits, "group": group} for bits, group in product((2, 3, 4, 8), (0, 32))]
+def _quanto(model: str) -> list[list[dict]]:
+    return [[{"weights": kind} for kind in ("qint8", "qint4", "qint2")]]
+
+
+def _torchao(model: str) -> list[list[dict]]:
+    return [[{"bits": bits, "group": group} for bits in (8, 4, 3, 2)] for group in (0, 32)]
 
 
 GRIDS = {
@@ -49,7 +57,7 @@ GRIDS = {
 }
 
 
-def settings(coder: str, model: str) -> list[dict]:
+def ladders(coder: str, model: str) -> list[list[dict]]:
     """All settings of a coder for a network, JSON-serialisable.
 
     Parameters

@@ -2,7 +2,7 @@
 
     python -m bench.peers.run --python .cache/peers/bin/python --profile paper
 
-For each base network and coder, every setting of ``grid.py`` is coded to a file, the file decoded,
+For each base network and coder, the settings of ``grid.py`` are coded to files, each file decoded,
 and the decoded network evaluated in float32 on the validation images. Those files that no other one
 of the same coder beats there, in bytes and accuracy at once, are coded again and evaluated on the
 test images, once. ``results/<profile>/peers/<network>.csv`` is written row by row: interrupted,
@@ -41,7 +41,7 @@ from .gptq import GPTQ
 HERE, SCRIPT = Path(__file__).parent, "installed.py"
 WRITTEN = {"deep compression": DeepCompression, "gptq": GPTQ}
 LOST = 5.0
-"""Points of validation accuracy beyond which a file is not evaluated on test images."""
+"""Points of validation accuracy beyond which a ladder of settings ends, and no file is tested."""
 KEY = ["recipe", "settings"]
 PROVENANCE = ("commit", "code_changed_since", "python", "device", "cpu_capability", "threads")
 Coded = tuple[bytes, dict[str, Tensor], dict[str, float]]
@@ -141,6 +141,15 @@ class Log:
         """Rows of one coder."""
         return self.table[self.table["recipe"] == recipe]
 
+    def missing(self, recipe: str, ladder: list[dict]) -> list[dict]:
+        """Settings of a ladder that are to be run yet; none if a file lost too much."""
+        rows, names = self.of(recipe), [json.dumps(settings) for settings in ladder]
+        known = rows[rows["settings"].isin(names)]
+        if len(known) and (known["base_val_accuracy"] - known["val_accuracy"]).max() > LOST:
+            return []
+        done = set(known["settings"])
+        return [each for each, name in zip(ladder, names, strict=True) if name not in done]
+
     def pending(self, recipe: str) -> list[int]:
         """Rows of one coder that are to be evaluated on test images, and were not."""
         rows = self.of(recipe)
@@ -179,25 +188,25 @@ def measure(case: Case, name: str, opened, empty: nn.Module, base: dict, log: Lo
     log : Log
         Of this base network.
     """
-    done = set(log.of(name)["settings"])
-    missing = [s for s in grid.settings(name, case.model) if json.dumps(s) not in done]
-    if not missing and not log.pending(name):
+    ladders = grid.ladders(name, case.model)
+    if not any(log.missing(name, ladder) for ladder in ladders) and not log.pending(name):
         return
     accuracies = {key: value for key, value in base.items() if key != "float_bytes"}
     with opened as (coder, version):
-        for settings in tqdm(missing, desc=f"{case}, {name}"):
-            start = time.perf_counter()
-            data, state, seconds = coder(settings)
-            accuracy = evaluate(filled(empty, state), *split(case.dataset, "val"))
-            made = provenance(start)
-            log.add(
-                asdict(case)
-                | {"recipe": name, "settings": json.dumps(settings), "file_bytes": len(data)}
-                | {"ratio": base["float_bytes"] / len(data), "val_accuracy": accuracy}
-                | {"test_accuracy": float("nan"), **accuracies}
-                | {f"{what} seconds": round(taken, 3) for what, taken in seconds.items()}
-                | {"version": version, **{key: made[key] for key in PROVENANCE}}
-            )
+        for ladder in tqdm(ladders, desc=f"{case}, {name}"):
+            while missing := log.missing(name, ladder):
+                start = time.perf_counter()
+                data, state, seconds = coder(missing[0])
+                accuracy = evaluate(filled(empty, state), *split(case.dataset, "val"))
+                made = provenance(start)
+                log.add(
+                    asdict(case)
+                    | {"recipe": name, "settings": json.dumps(missing[0])}
+                    | {"file_bytes": len(data), "ratio": base["float_bytes"] / len(data)}
+                    | {"val_accuracy": accuracy, "test_accuracy": float("nan"), **accuracies}
+                    | {f"{what} seconds": round(taken, 3) for what, taken in seconds.items()}
+                    | {"version": version, **{key: made[key] for key in PROVENANCE}}
+                )
         for index in tqdm(log.pending(name), desc=f"{case}, {name}, test images"):
             row = log.table.loc[index]
             data, state, _ = coder(json.loads(row["settings"]))

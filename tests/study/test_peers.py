@@ -82,7 +82,7 @@ def test_a_coder_that_ends_or_forgets_tensors_is_named(fake, network):
 
 def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch):
     steps = (0.01, 0.02, 0.1, 0.3, 1.0)
-    monkeypatch.setitem(grid.GRIDS, "fake", lambda model: [{"step": step} for step in steps])
+    monkeypatch.setitem(grid.GRIDS, "fake", lambda model: [[{"step": s} for s in steps]])
     case, (path,) = study.cases[0], [study.results / "peers" / "fake.csv"]
     network = study.base(case)
     base = {f"base_{part}_accuracy": study.base_accuracy(case, part) for part in ("val", "test")}
