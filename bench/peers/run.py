@@ -157,7 +157,7 @@ class Log:
 
     def add(self, row: dict) -> None:
         """Append a row."""
-        self.table = pd.concat([self.table, pd.DataFrame([row])], ignore_index=True)
+        self.table = pd.concat([self.table, pd.DataFrame([row])], ignore_index=True)[[*row]]
         self.save()
 
     def save(self) -> None:

@@ -119,6 +119,16 @@ def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch
     assert not (study.results / "nncodec.csv").exists()
 
 
+def test_a_ladder_ends_where_too_much_is_lost(tmp_path):
+    log, ladder = run.Log(tmp_path / "log.csv"), [{"qp": qp} for qp in (1, 2, 3)]
+    assert log.missing("coder", ladder) == ladder
+    row = {"recipe": "coder", "base_val_accuracy": 90.0, "settings": json.dumps(ladder[0])}
+    log.add(row | {"val_accuracy": 86.0})
+    assert log.missing("coder", ladder) == ladder[1:] and log.missing("other", ladder) == ladder
+    log.add(row | {"settings": json.dumps(ladder[1]), "val_accuracy": 84.0})
+    assert run.Log(log.path).missing("coder", ladder) == []
+
+
 def test_only_files_that_no_other_beats_and_that_lose_little_are_tested():
     rows = pd.DataFrame(
         {"file_bytes": [100, 90, 90, 80, 70, 60], "val_accuracy": [97, 98, 97, 96, 96, 90],
