@@ -43,6 +43,7 @@ WRITTEN = {"deep compression": DeepCompression, "gptq": GPTQ}
 LOST = 5.0
 """Points of validation accuracy beyond which a ladder of settings ends, and no file is tested."""
 KEY = ["recipe", "settings"]
+FIRST = ["dataset", "model", "seed", "recipe", "knob", "settings"]
 PROVENANCE = ("commit", "code_changed_since", "python", "device", "cpu_capability", "threads")
 Coded = tuple[bytes, dict[str, Tensor], dict[str, float]]
 Coder = Callable[[dict], Coded]
@@ -135,7 +136,7 @@ class Log:
 
     def __init__(self, path: Path):
         self.path = path
-        self.table = read(path) if path.exists() else pd.DataFrame(columns=KEY)
+        self.table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
 
     def of(self, recipe: str) -> pd.DataFrame:
         """Rows of one coder."""
@@ -161,13 +162,8 @@ class Log:
         self.save()
 
     def save(self) -> None:
-        """Write all rows."""
+        """Write all rows, with the very numbers: equal accuracies stay equal."""
         write(self.path, self.table.to_csv(index=False))
-
-
-def read(path: Path) -> pd.DataFrame:
-    """A log, with the very numbers that were written: equal accuracies stay equal."""
-    return pd.read_csv(path, float_precision="round_trip")
 
 
 def measure(case: Case, name: str, opened, empty: nn.Module, base: dict, log: Log) -> None:
@@ -224,11 +220,11 @@ def tables(results: Path) -> None:
     """
     found = []
     for path in sorted((results / "peers").glob("*.csv")):
-        log = read(path)
+        log = pd.read_csv(path)
         found += [part[unbeaten(part)] for _, part in log.groupby("recipe", sort=False)]
     rows = pd.concat(found).dropna(subset="test_accuracy")
-    rows.insert(rows.columns.get_loc("settings"), "knob", rows["file_bytes"])
-    rows = rows.sort_values(["dataset", "model", "seed", "recipe", "knob"])
+    rows = rows.assign(knob=rows["file_bytes"]).sort_values([*FIRST[:4], "knob"])
+    rows = rows[[*FIRST, *(name for name in rows if name not in FIRST)]]
     standard = rows["recipe"] == STANDARD
     for name, part in ((STANDARD, rows[standard]), ("peers", rows[~standard])):
         if len(part):
