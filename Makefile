@@ -17,7 +17,7 @@ NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-survival test-hostile types lab verify report bench notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-survival test-hostile types lab verify report bench peers notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -112,6 +112,17 @@ bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_relevance.py
 	$(VENV)/bin/python bench/bench_codec.py
 	$(VENV)/bin/python bench/bench_export.py
+
+# Their packages do not go together with the study's, so that they have an environment of their own.
+PEERS := $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/peers
+
+$(PEERS)/.ready: bench/peers/requirements.txt
+	$(PYTHON) -m venv "$(PEERS)"
+	"$(PEERS)/bin/pip" install --quiet --requirement bench/peers/requirements.txt
+	@touch "$@"
+
+peers: env $(PEERS)/.ready  ## files of other coders (NNCodec, GPTQ, ...), for 06-beyond; needs a C++ compiler
+	$(RUN) bench.peers.run --python "$(PEERS)/bin/python" --profile "$(PROFILE)" --datasets "$(DATASETS)"
 
 notebooks: env  ## store what `make reproduce` printed in the committed notebooks
 	@$(RUN) study store-outputs

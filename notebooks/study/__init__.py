@@ -9,7 +9,7 @@ From bottom to top; each module uses only those above it in this list:
 - ``jobs``, ``verdicts``, ``bdrate``, ``readings``, ``claims``: runs side by side; from tables to
   what holds
 - ``results``, ``sweep``: files that are written, ``Study``
-- ``probes``, ``drift``, ``lessons``: what notebooks compute besides
+- ``probes``, ``drift``, ``lessons``, ``peers``: what notebooks compute or read besides
 - ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
   notebooks show, how it is called and how it looks
 - ``publish``, ``report``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, one HTML file,

@@ -50,6 +50,9 @@ PARTS = {
 
 WHOLE = {
     "uniform bits": "same bits for all",
+    "nncodec": "NNCodec (ISO/IEC 15938-17)",
+    "deep compression": "Deep Compression, no training",
+    "gptq": "GPTQ",
     "epsilon-plus-flat": "ε, z⁺, flat",
     "lenet300": "LeNet-300-100",
     "lenet5": "LeNet-5",

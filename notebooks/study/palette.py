@@ -36,7 +36,8 @@ INDIGO, WINE = "#332288", "#882255"
 grey print markers and hatches do it."""
 SIGNED = "RdBu_r"  # red for, blue against
 _CONTROLS = {"random": (GREY, "--"), "shuffled": (GREY, "--"), "reversed": (BLACK, ":")}
-_BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "uniform")
+_BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "uniform",
+              "nncodec", "deep compression", "gptq", "quanto", "torchao")  # fmt: skip
 _OURS, _THEIRS = (BLUE, SKY, GREEN, INDIGO), (RED, ORANGE, PURPLE, WINE)
 _MARKERS = "osD^vPX*<>"
 

@@ -13,7 +13,7 @@ from .paths import LEDGER, ROOT, STANDARD
 
 FOLDER = ROOT / "notebooks"
 LAST = "09-paper"  # reads what the others wrote
-READ = {LAST: ("*.csv", "claims-*.json"), "06-beyond": (f"{STANDARD}.csv",)}
+READ = {LAST: ("*.csv", "claims-*.json"), "06-beyond": (f"{STANDARD}.csv", "peers.csv")}
 """By notebook, patterns of the results that it reads and did not write."""
 
 

@@ -31,7 +31,7 @@ TOLERANCE = 0.2
 ROUNDING = 1e-5
 """Relative error of numbers in tables, which are written with six digits."""
 
-PEERS = (claims.STANDARD,)
+PEERS = (claims.STANDARD, "peers")
 """Tables of coders other than ours, whose rows are no runs of a study."""
 
 _CASE = ["dataset", "model", "seed"]

@@ -1,0 +1,70 @@
+"""Settings that each coder is run with: chosen among by validation accuracy and bytes.
+
+They stand in ladders, from large files to small ones; a ladder ends at the first file that loses
+too much.
+"""
+
+_STEPS = {"resnet20": range(-28, -7), "vgg16": range(-36, -15)}
+"""By model, quantization parameters of NNCodec; four more double the step."""
+_OTHERS = range(-28, -7)
+_NNCODEC = (
+    {"nonweight_qp": -75, "lambda_scale": 0.0},  # the default
+    {"nonweight_qp": -32, "lambda_scale": 0.0},  # coarser steps for what is not a weight
+    {"nonweight_qp": -28, "lambda_scale": 0.0},
+    {"nonweight_qp": -28, "lambda_scale": 0.2},  # its trellis pays for bits, too
+    {"nonweight_qp": -28, "lambda_scale": 1.0},
+)
+
+
+def _nncodec(model: str) -> list[list[dict]]:
+    """Dependent quantization throughout; BatchNorm folded wherever the default is left."""
+    norms = not model.startswith("lenet")
+    return [
+        [
+            {"qp": qp, **others, "use_dq": True, "bnf": norms and others != _NNCODEC[0]}
+            for qp in _STEPS.get(model, _OTHERS)
+        ]
+        for others in _NNCODEC
+    ]
+
+
+def _deep_compression(model: str) -> list[list[dict]]:
+    thresholds = (0, 0.3, 0.6, 0.8, 1.0, 1.25, 1.5)
+    return [
+        [{"threshold": threshold, "clusters": clusters} for threshold in thresholds]
+        for clusters in (32, 16, 8, 4)
+    ]
+
+
+def _gptq(model: str) -> list[list[dict]]:
+    return [[{"bits": bits, "group": group} for bits in (4, 3, 2)] for group in (0, 64)]
+
+
+def _quanto(model: str) -> list[list[dict]]:
+    return [[{"weights": kind} for kind in ("qint8", "qint4", "qint2")]]
+
+
+def _torchao(model: str) -> list[list[dict]]:
+    return [[{"bits": bits, "group": group} for bits in (8, 4, 3, 2)] for group in (0, 32)]
+
+
+GRIDS = {
+    "nncodec": _nncodec,
+    "deep compression": _deep_compression,
+    "gptq": _gptq,
+    "quanto": _quanto,
+    "torchao": _torchao,
+}
+
+
+def ladders(coder: str, model: str) -> list[list[dict]]:
+    """All settings of a coder for a network, JSON-serialisable.
+
+    Parameters
+    ----------
+    coder : str
+        A key of ``GRIDS``.
+    model : str
+        Its name in ``study.networks.NETWORKS``.
+    """
+    return GRIDS[coder](model)

@@ -1,0 +1,87 @@
+"""Files of other coders beside ours, where ``make peers`` was run."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from .names import place, readable
+from .paths import STANDARD
+from .tables import NETWORK, smallest_files, text
+
+TABLES = (STANDARD, "peers")
+"""Of ``bench/peers``: rows are files, each with the settings that it was made with."""
+CLASS = 1.1
+"""Factor between the sizes at which curves over seeds are averaged."""
+
+
+def read(study) -> pd.DataFrame:
+    """Files of all other coders, a recipe for each coder; says so in one line if there are none.
+
+    Parameters
+    ----------
+    study : Study
+        Whose ``results`` are read.
+
+    Returns
+    -------
+    DataFrame
+        Those columns that ``Study.sweep`` has too, and what the coders were set to; no rows where
+        no coder was run.
+    """
+    found = [
+        pd.read_csv(path) for name in TABLES if (path := study.results / f"{name}.csv").exists()
+    ]
+    if not found:
+        print(f"other coders were not run: make peers PROFILE={study.name}")
+        return pd.DataFrame(columns=[*NETWORK, "recipe"])
+    rows = pd.concat(found)
+    ours = {(case.dataset, case.model, case.seed) for case in study.cases}
+    return rows[[key in ours for key in zip(*(rows[c] for c in (*NETWORK, "seed")), strict=True)]]
+
+
+def curves(ours: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Both in one table for ``figures.files``, other coders' files by classes of size.
+
+    Their settings differ from seed to seed, so that files of about one size stand for one point
+    of a curve.
+    """
+    sizes = np.log(others["file_bytes"].to_numpy(float)) / np.log(CLASS)
+    return pd.concat([ours, others.assign(knob=CLASS ** np.floor(sizes))])
+
+
+def smallest(
+    tables: Iterable[pd.DataFrame], recipes: Iterable[str], drops: tuple[float, ...] = (0.5, 1.0)
+) -> pd.DataFrame:
+    """The smallest files of recipes that lose little on validation, in kB: ``34.6 / 20.5``.
+
+    Parameters
+    ----------
+    tables : iterable of DataFrame
+        Of ``Study.sweep``, and of ``read``.
+    recipes : iterable of str
+        A row for each, in this order; those without files are left out.
+    drops : tuple of float
+        Points of validation accuracy that may be lost.
+
+    Returns
+    -------
+    DataFrame
+        A column for each network. Means over seeds with 95 % intervals, one for each of ``drops``;
+        a dash where some seed loses more in every file.
+    """
+    table = pd.concat(tables)
+    chosen = [name for name in recipes if name in set(table["recipe"])]
+    best = [smallest_files([table[table["recipe"].isin(chosen)]], drop) for drop in drops]
+    cells: dict[str, dict[str, list[str]]] = {name: {} for name in chosen}
+    for each in best:
+        for (dataset, model, recipe), part in each.groupby([*NETWORK, "recipe"], sort=False):
+            reached = part["reached"].all()
+            size = text(part["file_bytes"] / 1000) if reached else "–"
+            cells[recipe].setdefault(place(f"{dataset}-{model}"), []).append(size)
+    networks = list(dict.fromkeys(name for found in cells.values() for name in found))
+    rows = [
+        {"": readable(name)} | {where: " / ".join(found.get(where, [])) for where in networks}
+        for name, found in cells.items()
+    ]
+    return pd.DataFrame(rows)
