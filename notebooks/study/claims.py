@@ -67,10 +67,14 @@ CONTRIBUTION = [
     *((f"{ours}, pruned, sequential", "alike, pruned, sequential") for ours in WAYS.values()),
 ]  # fmt: skip
 """Recipes that differ in how units are weighed alone."""
-MORE = {name: f"{name}, sequential, more images" for name in ("lrp root", *CRITERIA, CONTROLS[0])}
+MORE = {
+    name: f"{name}, sequential, more images" for name in (*WAYS.values(), *CRITERIA, CONTROLS[0])
+}
 """Recipes that code layer after layer, with ten times the reference images."""
 MORE_BRINGS = [(more, f"{name}, sequential") for name, more in MORE.items()]
-MORE_CONTRIBUTION = [(MORE["lrp root"], other) for other in list(MORE.values())[1:]]
+MORE_CONTRIBUTION = [
+    (MORE[ours], MORE[other]) for ours in WAYS.values() for other in (*CRITERIA, CONTROLS[0])
+]
 TRAINED = "lrp root, trained"
 TRAINED_RIVALS = ("alike, trained", "shuffled root, trained", "ECQx")
 """Recipes that train: ours; those that weigh units otherwise, and the rival."""
@@ -228,11 +232,10 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
         for other, pruned in ends
     }  # fmt: skip
     pairs |= {
-        f"the root of relevance, from more images, needs no larger file than {other}": (
-            MORE["lrp root"], MORE[other],
-        )
+        f"{what}, from more images, needs no larger file than {other}": (MORE[name], MORE[other])
+        for what, name in WAYS.items()
         for other in CRITERIA
-    }  # fmt: skip
+    }
     claims += size_claims(table, "C6", pairs)
     ours = {
         f"no larger than NNCodec's files at equal accuracy ({name})": (name, STANDARD)
