@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.leastsquares import Equations
-from lib.moments import hooked, layers_of
+from lib.linear import hooked, layers_of
 
 from .streams import FLOAT, Reader, Writer
 

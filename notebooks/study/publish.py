@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .names import network
+from .names import network, readable
 from .paths import ROOT
 from .profiles import PROFILES
 from .records import cost, read_claims, write
@@ -141,18 +141,28 @@ def verdicts_table(results: Path) -> str:
     return markdown(table.rename(columns={"id": ""}))
 
 
+FILES = (
+    "lrp root, sequential, more images", "lrp, sequential, more images",
+    "fisher, sequential, more images", "alike, sequential, more images",
+    "lrp root, sequential", "alike, sequential", "shuffled root, sequential",
+    "lrp root", "paper's rule, literal", "random", "reversed",
+    "deeplift 100%", "deeplift 80%, refit", "magnitude 20%",
+)  # fmt: skip
+"""Recipes of the table of files in README, in its order; the others stand in ``results/``."""
+
+
 def files_table(results: Path) -> str:
-    """The smallest file of each recipe within one point of validation accuracy.
+    """The smallest file of each of ``FILES`` within one point of validation accuracy.
 
     From ``headline-smallest.csv`` and, where it is there, ``sequential-smallest.csv``.
     """
     table = pd.read_csv(results / "headline-smallest.csv")
     if (path := results / "sequential-smallest.csv").exists():
         more = pd.read_csv(path)
-        in_order = more["recipe"].str.endswith("sequential") & (more["max_drop"] == 1)
-        table = pd.concat([table, more[in_order]])
-    recipes = table["recipe"].unique()
-    columns = {"": ["base network", *recipes]}
+        new = ~more["recipe"].isin(table["recipe"]) & (more["max_drop"] == 1)
+        table = pd.concat([table, more[new]])
+    recipes = [name for name in FILES if name in set(table["recipe"])]
+    columns = {"": ["base network", *map(readable, recipes)]}
     for (dataset, model), part in table.groupby(NETWORK, sort=False):
         floats = (part["ratio"] * part["file_bytes"]).mean() / 1000
         seeds = part["seed"].nunique()

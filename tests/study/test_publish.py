@@ -6,6 +6,7 @@ import pytest
 
 from lib import RECIPES
 from study import Study, __main__, publish
+from study.names import readable
 from study.paths import ROOT
 from study.records import read_claims, write_json
 
@@ -48,7 +49,7 @@ def cells(line):
 def test_a_method_that_was_not_run_on_a_network_leaves_its_cell_open(tmp_path):
     row = {"seed": 0, "file_bytes": 1000, "ratio": 4.0, "test_accuracy": 90.0,
            "base_test_accuracy": 91.0, "reached": True}  # fmt: skip
-    cases = [("a", "x", "one"), ("a", "x", "two"), ("b", "y", "one")]
+    cases = [("a", "x", "lrp root"), ("a", "x", "random"), ("b", "y", "lrp root")]
     names = ("dataset", "model", "recipe")
     table = pd.DataFrame([dict(zip(names, case, strict=True)) | row for case in cases])
     table.loc[1, "reached"] = False
@@ -60,17 +61,16 @@ def test_a_method_that_was_not_run_on_a_network_leaves_its_cell_open(tmp_path):
     assert cells(lines[0]) == ["", "a-x, 1 seed", "b-y, 1 seed"]
     float32, in8 = "4 kB as float32, 91.00 %", "4 kB as float32 (kept in 8 bits: 2 kB), 91.00 %"
     assert cells(lines[2]) == ["base network", float32, in8]
-    assert cells(lines[4]) == ["two", "1.0 kB (4.0x), 90.00 % †", "–"]
-    more = [("lrp, sequential", 1.0), ("lrp, sequential", 0.5), ("lrp", 1.0)]
+    assert cells(lines[4]) == ["random", "1.0 kB (4.0x), 90.00 % †", "–"]
+    name = "lrp root, sequential"
+    more = [(name, 1.0), (name, 0.5), ("lrp root", 1.0), ("not in README", 1.0)]
     recipes, drops = zip(*more, strict=True)
-    new = table.iloc[[0] * 3].assign(recipe=recipes, max_drop=drops, file_bytes=[500, 700, 900])
+    new = table.iloc[[0] * 4].assign(recipe=recipes, max_drop=drops, file_bytes=[500, 700, 900, 9])
     new["ratio"] = 4000 / new["file_bytes"]
     new.to_csv(tmp_path / "sequential-smallest.csv")
     again = publish.files_table(tmp_path).splitlines()
-    assert again[:5] == lines  # recipes that are in both tables stand there once
-    assert [cells(line) for line in again[5:]] == [
-        ["lrp, sequential", "0.5 kB (8.0x), 90.00 %", "–"]
-    ]
+    assert cells(again[3]) == [readable(name), "0.5 kB (8.0x), 90.00 %", "–"]
+    assert [*again[:3], *again[4:]] == lines  # recipes in both tables stand there once
 
 
 def test_claims_that_are_open_or_fail_are_marked():
@@ -87,7 +87,7 @@ def test_claims_that_are_open_or_fail_are_marked():
 
 
 def test_one_seed_that_misses_the_accuracy_is_marked(tmp_path):
-    row = {"dataset": "a", "model": "x", "recipe": "one", "file_bytes": 1000, "ratio": 4.0,
+    row = {"dataset": "a", "model": "x", "recipe": "random", "file_bytes": 1000, "ratio": 4.0,
            "test_accuracy": 90.0, "base_test_accuracy": 91.0}  # fmt: skip
     seeds = [row | {"seed": seed, "reached": seed != 1} for seed in range(3)]
     pd.DataFrame(seeds).to_csv(tmp_path / "headline-smallest.csv")
