@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 Coder = Callable[[State, dict, dict], bytes]
+EPSILON = 1e-5
+"""Of BatchNorm, torch's default and what NNCodec folds with."""
 Decoder = Callable[[bytes, State, dict, dict], State]
 
 
@@ -60,16 +62,19 @@ def nncodec_encode(state: State, network: dict, settings: dict) -> bytes:
 
 
 def nncodec_decode(data: bytes, like: State, network: dict, settings: dict) -> State:
-    """Tensors of a bitstream; folded BatchNorms come back as scales of weights and as shifts."""
+    """Tensors of a bitstream; its folded BatchNorms are in the weights and only shift."""
     from nncodec import nnc
 
     folded = bool(settings.get("bnf"))
-    blocks = nncodec_blocks(like, network) if folded else None
-    found = nnc.decompress(
-        bytearray(data), block_id_and_param_type=blocks, reconstruct_bnf=folded,
-        reconstruct_lsa=folded,
-    )  # fmt: skip
-    return {name: torch.from_numpy(value) for name, value in found.items()}
+    arrays = nnc.decompress(bytearray(data), reconstruct_lsa=folded)
+    found = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    for norm, layer in network["batchnorms"].items() if folded else ():
+        # the shift has the name of the layer's bias, or one made up where it has none
+        shift = found.pop(f"{layer}.weight.bias", torch.zeros_like(like[f"{norm}.bias"]))
+        found[f"{norm}.bias"], one = shift, torch.ones_like(shift)
+        found[f"{norm}.weight"], found[f"{norm}.running_mean"] = one, torch.zeros_like(shift)
+        found[f"{norm}.running_var"] = one - EPSILON
+    return found
 
 
 def modules(state: State, matrices: bool) -> nn.ModuleDict:
