@@ -16,17 +16,13 @@ def _nncodec(model: str) -> list[list[dict]]:
     for bits in its trellis helps LeNets alone.
     """
     norms = not model.startswith("lenet")
-    price = {"lambda_scale": 0.2, "nonweight_qp": -28}
-    others = [{"lambda_scale": 0.0, "nonweight_qp": step} for step in (-32, -28)] + [price]
-    if not norms:
-        others = [
-            {"lambda_scale": 0.0, "nonweight_qp": -75},
-            *others,
-            price | {"lambda_scale": 1.0},
-        ]
+    pairs = [(-32, 0.0), (-28, 0.0), (-28, 0.2)] + ([] if norms else [(-75, 0.0), (-28, 1.0)])
     return [
-        [{"qp": qp, **other, "use_dq": True, "bnf": norms} for qp in _STEPS.get(model, _OTHERS)]
-        for other in others
+        [
+            {"qp": qp, "nonweight_qp": other, "lambda_scale": price, "use_dq": True, "bnf": norms}
+            for qp in _STEPS.get(model, _OTHERS)
+        ]
+        for other, price in pairs
     ]
 
 

@@ -131,6 +131,11 @@ def unbeaten(rows: pd.DataFrame) -> pd.Series:
     return ((ordered["val_accuracy"] > before) & close).reindex(rows.index)
 
 
+def named(settings: dict) -> str:
+    """Settings as they stand in tables: the same in whatever order they are given."""
+    return json.dumps(settings, sort_keys=True)
+
+
 class Log:
     """Rows of one base network, in a file that is written whole after each."""
 
@@ -144,7 +149,7 @@ class Log:
 
     def missing(self, recipe: str, ladder: list[dict]) -> list[dict]:
         """Settings of a ladder that are to be run yet; none if a file lost too much."""
-        rows, names = self.of(recipe), [json.dumps(settings) for settings in ladder]
+        rows, names = self.of(recipe), [named(settings) for settings in ladder]
         known = rows[rows["settings"].isin(names)]
         if len(known) and (known["base_val_accuracy"] - known["val_accuracy"]).max() > LOST:
             return []
@@ -197,7 +202,7 @@ def measure(case: Case, name: str, opened, empty: nn.Module, base: dict, log: Lo
                 made = provenance(start)
                 log.add(
                     asdict(case)
-                    | {"recipe": name, "settings": json.dumps(missing[0])}
+                    | {"recipe": name, "settings": named(missing[0])}
                     | {"file_bytes": len(data), "ratio": base["float_bytes"] / len(data)}
                     | {"val_accuracy": accuracy, "test_accuracy": float("nan"), **accuracies}
                     | {f"{what} seconds": round(taken, 3) for what, taken in seconds.items()}

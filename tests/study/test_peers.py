@@ -122,6 +122,7 @@ def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch
 def test_a_ladder_ends_where_too_much_is_lost(tmp_path):
     log, ladder = run.Log(tmp_path / "log.csv"), [{"qp": qp} for qp in (1, 2, 3)]
     assert log.missing("coder", ladder) == ladder
+    assert run.named({"qp": 1, "bnf": True}) == run.named({"bnf": True, "qp": 1})
     row = {"recipe": "coder", "base_val_accuracy": 90.0, "settings": json.dumps(ladder[0])}
     log.add(row | {"val_accuracy": 86.0})
     assert log.missing("coder", ladder) == ladder[1:] and log.missing("other", ladder) == ladder
