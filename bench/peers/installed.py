@@ -4,8 +4,8 @@
 
 Reads ``FOLDER/state.safetensors`` (float32) and ``FOLDER/network.json`` (which BatchNorm follows
 which layer). For each line of JSON on the standard input, settings, it writes ``FOLDER/coded``,
-reads that file back into ``FOLDER/decoded.safetensors``, and answers with a line of JSON: seconds
-of coding and of decoding. The first line that it writes is its version. Imports nothing of the
+reads that file back into ``FOLDER/decoded.safetensors``, and answers with a line of JSON. The first
+line that it writes is its version. Imports nothing of the
 study, whose packages do not go together with these.
 """
 
@@ -13,7 +13,6 @@ import io
 import json
 import lzma
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -187,13 +186,11 @@ def main() -> None:
     network = json.loads((folder / "network.json").read_text())
     print(json.dumps({"version": version(package)}), file=answers, flush=True)
     for line in sys.stdin:
-        settings, start = json.loads(line), time.perf_counter()
+        settings = json.loads(line)
         (folder / "coded").write_bytes(encode(state, network, settings))
-        between = time.perf_counter()
         decoded = decode((folder / "coded").read_bytes(), state, network, settings)
-        took = {"encode": between - start, "decode": time.perf_counter() - between}
         save_file({k: v.contiguous() for k, v in decoded.items()}, folder / "decoded.safetensors")
-        print(json.dumps({k: round(v, 3) for k, v in took.items()}), file=answers, flush=True)
+        print(json.dumps({"done": settings}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

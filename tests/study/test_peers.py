@@ -35,7 +35,7 @@ for line in sys.stdin:
     codes = dict(np.load(folder / "coded"))
     decoded = {k: (step * v).astype("float32") for k, v in codes.items()}
     save_file(decoded, folder / "decoded.safetensors")
-    print(json.dumps({"encode": 0.5, "decode": 0.25}), flush=True)
+    print("{}", flush=True)
 """
 
 
@@ -59,9 +59,9 @@ def network():
 def test_what_a_coder_gives_back_is_what_is_evaluated(fake, network):
     empty = build("resnet8", channels=1, seed=1).eval()
     with run.installed("fake", network, fake) as (coder, version):
-        data, state, seconds = coder({"step": 0.25})
-        finer, near, _ = coder({"step": 1e-4})
-    assert version == "fake 1.0" and seconds == {"encode": 0.5, "decode": 0.25}
+        data, state = coder({"step": 0.25})
+        finer, near = coder({"step": 1e-4})
+    assert version == "fake 1.0"
     assert len(data) < len(finer) and data[:2] == b"PK"
     run.filled(empty, state)
     for name, value in network.state_dict().items():
