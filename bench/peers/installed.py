@@ -5,8 +5,8 @@
 Reads ``FOLDER/state.safetensors`` (float32) and ``FOLDER/network.json`` (which BatchNorm follows
 which layer). For each line of JSON on the standard input, settings, it writes ``FOLDER/coded``,
 reads that file back into ``FOLDER/decoded.safetensors``, and answers with a line of JSON. The first
-line that it writes is its version. Imports nothing of the
-study, whose packages do not go together with these.
+line that it writes is its version. Imports nothing of the study, whose packages do not go together
+with these.
 """
 
 import io
