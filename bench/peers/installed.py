@@ -4,16 +4,15 @@
 
 Reads ``FOLDER/state.safetensors`` (float32) and ``FOLDER/network.json`` (which BatchNorm follows
 which layer). For each line of JSON on the standard input, settings, it writes ``FOLDER/coded``,
-reads that file back into ``FOLDER/decoded.safetensors``, and answers with a line of JSON: seconds
-of coding and of decoding. The first line that it writes is its version. Imports nothing of the
-study, whose packages do not go together with these.
+reads that file back into ``FOLDER/decoded.safetensors``, and answers with a line of JSON. The first
+line that it writes is its version. Imports nothing of the study, whose packages do not go together
+with these.
 """
 
 import io
 import json
 import lzma
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 Coder = Callable[[State, dict, dict], bytes]
+EPSILON = 1e-5
+"""Of BatchNorm, torch's default and what NNCodec folds with."""
 Decoder = Callable[[bytes, State, dict, dict], State]
 
 
@@ -60,16 +61,19 @@ def nncodec_encode(state: State, network: dict, settings: dict) -> bytes:
 
 
 def nncodec_decode(data: bytes, like: State, network: dict, settings: dict) -> State:
-    """Tensors of a bitstream; folded BatchNorms come back as scales of weights and as shifts."""
+    """Tensors of a bitstream; its folded BatchNorms are in the weights and only shift."""
     from nncodec import nnc
 
     folded = bool(settings.get("bnf"))
-    blocks = nncodec_blocks(like, network) if folded else None
-    found = nnc.decompress(
-        bytearray(data), block_id_and_param_type=blocks, reconstruct_bnf=folded,
-        reconstruct_lsa=folded,
-    )  # fmt: skip
-    return {name: torch.from_numpy(value) for name, value in found.items()}
+    arrays = nnc.decompress(bytearray(data), reconstruct_lsa=folded)
+    found = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    for norm, layer in network["batchnorms"].items() if folded else ():
+        # the shift has the name of the layer's bias, or one made up where it has none
+        shift = found.pop(f"{layer}.weight.bias", torch.zeros_like(like[f"{norm}.bias"]))
+        found[f"{norm}.bias"], one = shift, torch.ones_like(shift)
+        found[f"{norm}.weight"], found[f"{norm}.running_mean"] = one, torch.zeros_like(shift)
+        found[f"{norm}.running_var"] = one - EPSILON
+    return found
 
 
 def modules(state: State, matrices: bool) -> nn.ModuleDict:
@@ -182,13 +186,11 @@ def main() -> None:
     network = json.loads((folder / "network.json").read_text())
     print(json.dumps({"version": version(package)}), file=answers, flush=True)
     for line in sys.stdin:
-        settings, start = json.loads(line), time.perf_counter()
+        settings = json.loads(line)
         (folder / "coded").write_bytes(encode(state, network, settings))
-        between = time.perf_counter()
         decoded = decode((folder / "coded").read_bytes(), state, network, settings)
-        took = {"encode": between - start, "decode": time.perf_counter() - between}
         save_file({k: v.contiguous() for k, v in decoded.items()}, folder / "decoded.safetensors")
-        print(json.dumps({k: round(v, 3) for k, v in took.items()}), file=answers, flush=True)
+        print(json.dumps({"done": settings}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

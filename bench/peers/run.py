@@ -45,8 +45,7 @@ LOST = 5.0
 KEY = ["recipe", "settings"]
 FIRST = ["dataset", "model", "seed", "recipe", "knob", "settings"]
 PROVENANCE = ("commit", "code_changed_since", "python", "device", "cpu_capability", "threads")
-Coded = tuple[bytes, dict[str, Tensor], dict[str, float]]
-Coder = Callable[[dict], Coded]
+Coder = Callable[[dict], tuple[bytes, dict[str, Tensor]]]
 
 
 @contextmanager
@@ -81,15 +80,11 @@ def installed(name: str, network: nn.Module, command: list[str]) -> Iterator[tup
                 return json.loads(line)
             raise RuntimeError(f"{name} ended with {process.wait()}: see its output above")
 
-        def coder(settings: dict) -> Coded:
+        def coder(settings: dict) -> tuple[bytes, dict[str, Tensor]]:
             process.stdin.write(json.dumps(settings) + "\n")
             process.stdin.flush()
-            seconds = answer()
-            return (
-                (folder / "coded").read_bytes(),
-                load_file(folder / "decoded.safetensors"),
-                seconds,
-            )
+            answer()
+            return (folder / "coded").read_bytes(), load_file(folder / "decoded.safetensors")
 
         try:
             yield coder, answer()["version"]
@@ -103,12 +98,9 @@ def here(name: str, network: nn.Module, images: Tensor) -> Iterator[tuple[Coder,
     """A coder that is written here, and which part of its paper it is."""
     made = WRITTEN[name](network, images)
 
-    def coder(settings: dict) -> Coded:
-        start = time.perf_counter()
+    def coder(settings: dict) -> tuple[bytes, dict[str, Tensor]]:
         data = made.encode(settings)
-        between = time.perf_counter()
-        state = made.decode(data)
-        return data, state, {"encode": between - start, "decode": time.perf_counter() - between}
+        return data, made.decode(data)
 
     yield coder, made.version
 
@@ -131,6 +123,11 @@ def unbeaten(rows: pd.DataFrame) -> pd.Series:
     return ((ordered["val_accuracy"] > before) & close).reindex(rows.index)
 
 
+def named(settings: dict) -> str:
+    """Settings as they stand in tables: the same in whatever order they are given."""
+    return json.dumps(settings, sort_keys=True)
+
+
 class Log:
     """Rows of one base network, in a file that is written whole after each."""
 
@@ -144,7 +141,7 @@ class Log:
 
     def missing(self, recipe: str, ladder: list[dict]) -> list[dict]:
         """Settings of a ladder that are to be run yet; none if a file lost too much."""
-        rows, names = self.of(recipe), [json.dumps(settings) for settings in ladder]
+        rows, names = self.of(recipe), [named(settings) for settings in ladder]
         known = rows[rows["settings"].isin(names)]
         if len(known) and (known["base_val_accuracy"] - known["val_accuracy"]).max() > LOST:
             return []
@@ -192,20 +189,19 @@ def measure(case: Case, name: str, opened, empty: nn.Module, base: dict, log: Lo
         for ladder in tqdm(ladders, desc=f"{case}, {name}"):
             while missing := log.missing(name, ladder):
                 start = time.perf_counter()
-                data, state, seconds = coder(missing[0])
+                data, state = coder(missing[0])
                 accuracy = evaluate(filled(empty, state), *split(case.dataset, "val"))
                 made = provenance(start)
                 log.add(
                     asdict(case)
-                    | {"recipe": name, "settings": json.dumps(missing[0])}
+                    | {"recipe": name, "settings": named(missing[0])}
                     | {"file_bytes": len(data), "ratio": base["float_bytes"] / len(data)}
                     | {"val_accuracy": accuracy, "test_accuracy": float("nan"), **accuracies}
-                    | {f"{what} seconds": round(taken, 3) for what, taken in seconds.items()}
                     | {"version": version, **{key: made[key] for key in PROVENANCE}}
                 )
         for index in tqdm(log.pending(name), desc=f"{case}, {name}, test images"):
             row = log.table.loc[index]
-            data, state, _ = coder(json.loads(row["settings"]))
+            data, state = coder(json.loads(row["settings"]))
             if len(data) != row["file_bytes"]:
                 raise RuntimeError(f"{name} {row['settings']} gave another file than before")
             tested = evaluate(filled(empty, state), *split(case.dataset, "test"))
