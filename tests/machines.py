@@ -23,9 +23,9 @@ from mutants.run import ROOT, tree
 NUMBERS = (
     "test_compress.py", "test_finetune.py", "test_onnx.py", "test_prune.py", "test_quantizers.py",
     "test_recipe.py", "test_repair.py", "test_score.py", "test_sequential.py", "test_trained.py",
-    "test_users_files.py", "test_users_models.py", "study/test_cluster.py", "study/test_probes.py",
-    "study/test_protocol.py", "study/test_survival.py", "study/test_sweep.py",
-    "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
+    "test_users_files.py", "test_users_models.py", "study/test_cluster.py", "study/test_peers.py",
+    "study/test_probes.py", "study/test_protocol.py", "study/test_survival.py",
+    "study/test_sweep.py", "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
 )  # fmt: skip
 PLACES = (
     "test_codec.py", "test_cli.py", "test_finetune.py", "study/test_data.py",
