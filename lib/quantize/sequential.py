@@ -103,11 +103,7 @@ class Sequential(RateDistortion):
                     total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
                 kept = mask if inputs is None else mask[:, inputs]
                 problem.refit(kept, self.ridge)
-                weight, view, lam = (
-                    part.weight.detach(),
-                    View.of(part),
-                    self.price * prepared.damage,
-                )
+                weight, view = part.weight.detach(), View.of(part)
                 finest = float(layer.weight.abs().max()) / 2**14
                 step = max(finest, float(made[0][0].grid)) if made else None
                 made.append(coded(view, weight, kept, problem.moment(), units, lam, step))
