@@ -77,7 +77,7 @@ PROFILES = {
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
             "Sequential": _prices(range(7, 26, 2), 12),
-            "more images": _prices(range(15, 31), 12),
+            "more images": _prices((*range(15, 31), 32, 34, 36), 12),
             "Trained": _prices(range(5, 9)),
             "ECQx": _prices(range(7, 11), 2),
         },
