@@ -40,7 +40,7 @@ from .gptq import GPTQ
 
 HERE, SCRIPT = Path(__file__).parent, "installed.py"
 WRITTEN = {"deep compression": DeepCompression, "gptq": GPTQ}
-LOST = 5.0
+LOST = 3.0
 """Points of validation accuracy beyond which a ladder of settings ends, and no file is tested."""
 KEY = ["recipe", "settings"]
 FIRST = ["dataset", "model", "seed", "recipe", "knob", "settings"]

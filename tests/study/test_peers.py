@@ -124,7 +124,7 @@ def test_a_ladder_ends_where_too_much_is_lost(tmp_path):
     assert log.missing("coder", ladder) == ladder
     assert run.named({"qp": 1, "bnf": True}) == run.named({"bnf": True, "qp": 1})
     row = {"recipe": "coder", "base_val_accuracy": 90.0, "settings": json.dumps(ladder[0])}
-    log.add(row | {"val_accuracy": 86.0})
+    log.add(row | {"val_accuracy": 88.0})
     assert log.missing("coder", ladder) == ladder[1:] and log.missing("other", ladder) == ladder
     log.add(row | {"settings": json.dumps(ladder[1]), "val_accuracy": 84.0})
     assert run.Log(log.path).missing("coder", ladder) == []
