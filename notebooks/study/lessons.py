@@ -103,13 +103,21 @@ def whereabouts(
     return table
 
 
+def negative_shares(network: nn.Module, scores: dict[str, Tensor]) -> tuple[float, float]:
+    """Of the weights with score <= 0, and of the others, how many percent are negative."""
+    weight = torch.cat([network.get_parameter(name).detach().flatten() for name in scores])
+    kept = torch.cat([score.flatten() for score in scores.values()]) > 0
+    removed, left = (100 * float((weight[part] < 0).float().mean()) for part in (~kept, kept))
+    return removed, left
+
+
 def activity(networks: dict[str, nn.Module], images: Tensor) -> pd.DataFrame:
     """What the units of each layer do, averaged over images [N, ...] and positions.
 
     Networks, by label, are of one architecture, BatchNorm folded. Columns: layer, network (the
     label), mean activation (the positive part of the layer's output), active (% of unit outputs
-    above zero), told by the image (% of the activations' variance that is between images rather
-    than between units).
+    above zero), variance between images (% of the activations' variance; the rest is between
+    units).
     """
     rows = []
     for label, network in networks.items():
@@ -128,7 +136,7 @@ def activity(networks: dict[str, nn.Module], images: Tensor) -> pd.DataFrame:
             told = {"layer": called[f"{layer}.weight"], "network": label}
             told |= {"mean activation": float(output.mean())}
             told |= {"active (%)": 100 * float(seen[f"{layer} active"])}
-            rows.append(told | {"told by the image (%)": 100 * float(between)})
+            rows.append(told | {"variance between images (%)": 100 * float(between)})
     return pd.DataFrame(rows)
 
 

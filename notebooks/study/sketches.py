@@ -118,7 +118,7 @@ def rule_in_view(weight: Tensor, score: Tensor) -> Figure:
 
 def activity(table: pd.DataFrame, title: str) -> Figure:
     """Mean activations, active units and what tells images apart, of ``lessons.activity``."""
-    columns = ["mean activation", "active (%)", "told by the image (%)"]
+    columns = ["mean activation", "active (%)", "variance between images (%)"]
     figure, axes = panels(len(columns), height=3.2, width=3.6)
     styles = [(GREY, "o", "-", 11), (RED, "X", "--", 7), (BLUE, "s", "-.", 5)]
     for axis, column in zip(axes, columns, strict=True):

@@ -30,8 +30,21 @@ def on_both(identifier, sentence, what, found):
 def test_answers_count_what_holds_and_neither_what_is_open_nor_what_fails():
     rows = [row("C1", SMALL, "holds"), row("C1", SMALL, "open"), row("C1", LARGE, "fails"),
             row("C2", LARGE, "holds"), row("C3", SMALL, "open")]  # fmt: skip
+    than = "relevance needs no larger file than {}"
+    rows += [
+        row("C1", LARGE, "fails", answers.SMALLER, "47.1 %"),
+        row("C6", LARGE, "holds", than.format("fisher"), "-1.1 ± 2.0 %; within 1 point 3.9 kB"),
+        row("C6", LARGE, "holds", f"the root of {than.format('fisher')}", "-7.0 %"),
+        row("C6", LARGE, "holds", than.format("root:fisher"), "-8.0 %"),
+        row("C6", SMALL, "holds", than.format("alike"), "-34.0 %; within 1 point 9.1 kB"),
+        row("C6", LARGE, "holds", than.format("alike"), "-26.1 %; within 1 point 3.9 kB"),
+    ]
     assert answers.ANSWERS["05-xai-baseline"](pd.DataFrame(rows)) == (
-        "How many readings hold: 64 % smaller, 1 of 2 on LeNet-5 on digits, 0 of 1 on ResNet-8 on "
+        "Our smallest file within one point is smaller than the baseline's by 47.1 % on ResNet-8 "
+        "on digits. BD-rate of relevance against squared gradients: -1.1 ± 2.0 % on ResNet-8 on "
+        "digits; against units all alike: -34.0 % on LeNet-5 on digits, -26.1 % on ResNet-8 on "
+        "digits (negative: smaller files). How many readings hold: 64 % smaller, 1 of 2 on LeNet-5 "
+        "on digits, 0 of 2 on ResNet-8 on "
         "digits; 42 % more accurate, 1 of 1 on ResNet-8 on digits; at most one point lost, 0 of 1 "
         "on LeNet-5 on digits."
     )
@@ -49,17 +62,19 @@ def test_answers_tell_readings_apart():
     lost = on_both("C4", "s ({})", "ours", {
         "literal, no training": ("83.06 points lost", "88.61 points lost"),
         "the half nearest zero": ("-0.28 points lost", "1.11 points lost"),
+        "four rounds": ("0.28 points lost", "2.50 points lost"),
     })  # fmt: skip
     said = answers.ANSWERS["03-pruning"](pd.DataFrame(lost))
     assert "all at once they cost 83.1 to 88.6 points" in said
-    assert "the rest refitted, cost -0.3 to 1.1" in said
+    assert "the rest refitted, cost -0.3 to 1.1; four such rounds" in said
+    assert said.endswith("before each, cost 0.3 to 2.5.")
     tested = on_both("C5", "s ({})", "verdict", {
         "rate-distortion by relevance": ("holds", "fails"),
         "tiers by |relevance|": ("fails", "open"),
     })  # fmt: skip
     said = answers.ANSWERS["04-mixed-precision"](pd.DataFrame(tested))
     assert "on 1 of 2 networks if relevance weighs the rounding" in said
-    assert "and on 0 of 2 networks if it ranks weights" in said
+    assert "and on 0 of 2 networks if its magnitude ranks" in said
 
 
 @pytest.mark.parametrize("lost, said", [("0.28", "loses 0.28 points"), ("-0.28", "loses no test")])
@@ -104,3 +119,11 @@ def test_a_share_of_the_nonpositive_weights_goes_in_its_order(order, gone):
     assert all(mask.all() for mask in lessons._without(scores, order, 0).values())
     every = lessons._without(scores, "at random", 1)
     assert all(torch.equal(every[name], scores[name] > 0) for name in scores)
+
+
+def test_of_what_is_removed_and_of_what_is_kept_so_many_are_negative():
+    layer = torch.nn.Linear(5, 1, bias=False)
+    layer.weight.data = torch.tensor([[-1.0, -2.0, 3.0, 4.0, -5.0]])
+    scores = {"weight": torch.tensor([[-1.0, 0.0, -1.0, 2.0, 3.0]])}
+    assert lessons.negative_shares(layer, scores) == pytest.approx((200 / 3, 50))
+    assert "67 %</b> are negative" in answers.negative(200 / 3, 50).text
