@@ -102,11 +102,12 @@ def _file(ratio: str, lost: str, equal: str) -> str:
 
 def _relevance(claims: pd.DataFrame) -> str:
     where, found = _measured(claims)
+    signed, magnitudes = claims.loc[claims["id"] == "R3", "ours"]
     return (
         f"As much as weight × gradient says, if the rule is ε. {where}: relevance leaks at most "
         f"{found['R1']} of itself on its way, the heatmaps differ from zennit's by {found['R2']} "
-        "at most, and sums of its magnitude over 20 images of each class rank the weights like "
-        f"those over many more do (rank correlation {found['R3']})."
+        "at most, and 20 images of each class rank the weights like many more do, better by sums "
+        f"of magnitudes (rank correlation {magnitudes}) than by signed ones ({signed})."
     )
 
 
