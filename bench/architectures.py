@@ -107,8 +107,9 @@ def load(name: str, folder: Path, note) -> None:
     again = Compressed.load(folder / "model.xaic").to_model(network)
     wanted = torch.load(folder / "logits.pt")
     with torch.no_grad():
-        gap = float((again(inputs) - wanted).abs().max() / (wanted - wanted.mean(0)).abs().max())
-    note(loaded="yes" if gap <= SAME else f"DIFFERS by {gap:.1g}")
+        gap = float((again(inputs) - wanted).abs().max())
+    spread = float((wanted - wanted.mean(0)).abs().max())  # 0 where all inputs give the same
+    note(loaded="yes" if gap <= SAME * spread else f"DIFFERS by {gap:.1g} of {spread:.1g}")
 
 
 def export(name: str, folder: Path, note) -> None:
