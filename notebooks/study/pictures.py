@@ -22,12 +22,12 @@ def before_and_after(compressed, before: float, after: float) -> Figure:
     left.barh(place + 0.2, table["bytes"], 0.4, color=BLUE, label="in the file")
     left.set_yticks(place, table["layer"])
     left.invert_yaxis()
-    left.set(xscale="log", xlabel="bytes", title="size")
+    left.set(xscale="log", xlabel="bytes (logarithmic)", title="size")
     left.legend(fontsize=10)
     right.bar(["before", "after"], [before, after], color=[GREY, BLUE], width=0.6)
     for column, value in enumerate((before, after)):
         right.text(column, value, f"{value:.1f} %", ha="center", va="bottom")
-    right.set(ylim=(min(before, after) - 5, 101), title="test accuracy", ylabel="%")
+    right.set(ylim=(0, 112), title="test accuracy", ylabel="%")
     return figure
 
 
