@@ -88,8 +88,9 @@ def histograms(scores: dict[str, Tensor], title: str) -> Figure:
         axis.axvline(0, color="black", lw=0.8)
         axis.set(yscale="log", title=name, xlabel="relevance", xlim=(-limit, limit))
         zero, beyond = np.mean(values == 0), np.mean(np.abs(values) > limit)
-        said = {"left": f"{np.mean(values <= 0):.0%} removed,\n{zero:.0%} exactly 0",
-                "right": f"{beyond:.0%} beyond\nthe edges"}  # fmt: skip
+        gone = np.mean(values <= 0)
+        said = {"left": f"{100 * gone:.0f} % removed,\n{100 * zero:.0f} % exactly 0",
+                "right": f"{100 * beyond:.0f} % beyond\nthe edges"}  # fmt: skip
         for x, (side, each) in zip((0.03, 0.97), said.items(), strict=True):
             axis.text(x, 0.97, each, va="top", ha=side, transform=axis.transAxes, fontsize=8)
         axis.set_ylim(top=30 * max(removed.max(), kept.max()))

@@ -82,7 +82,7 @@ def smallest_files(tables: Iterable[pd.DataFrame], max_drop: float) -> pd.DataFr
 def operating_points(best: pd.DataFrame) -> pd.DataFrame:
     """``summarise`` of ``smallest_files``, with the share of seeds that reached the accuracy."""
     keys = [*NETWORK, "recipe"]
-    reached = best.groupby(keys, sort=False)["reached"].mean().map("{:.0%}".format)
+    reached = best.groupby(keys, sort=False)["reached"].mean().mul(100).map("{:.0f} %".format)
     return summarise(best, keys).merge(reached.reset_index(), on=keys, validate="one_to_one")
 
 
