@@ -193,8 +193,9 @@ def _beyond(folder: Path) -> str:
         known = rates[rates.groupby(NETWORK)["bd_rate"].transform("count") > 0]
         if known.empty:
             continue
-        for row in bd_table(known).drop(columns=["recipe", "against"]).to_dict("records"):
-            told.append(f"{what[0].upper()}{what[1:]}: {'; '.join(f'{place(at)} {said}' for at, said in row.items())}")
+        (row,) = bd_table(known).drop(columns=["recipe", "against"]).to_dict("records")
+        rated = "; ".join(f"{place(at)} {said}" for at, said in row.items())
+        told.append(f"{what[0].upper()}{what[1:]}: {rated}")
     sizes = (
         "What files need at equal accuracy (BD-rate, units weighed by the root of relevance). "
         f"{'. '.join(told)}."
