@@ -31,9 +31,9 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     -----
     ``Σ_n |Σ_positions w_jk (a_j - a'_j) m_k|`` with Captum's multipliers m (rescale rule) at the
     layer's output and activations a' of a reference image, the mean of the images. Sabih et al.
-    do not publish how attributions of activations become scores of weights: assumption A1 is that
+    do not publish how attributions of activations become scores of weights: assumption S1 is that
     a unit's attribution is shared by its incoming connections in proportion to their contribution,
-    and A2 that absolute values are summed over samples.
+    and S2 that absolute values are summed over samples.
 
     References
     ----------

@@ -7,9 +7,11 @@ import pandas as pd
 
 from . import lessons
 from .bdrate import bd_rates, bd_table
+from .claims import MORE
 from .names import network, place
 from .paths import ROOT
 from .records import read_json
+from .tables import NETWORK
 from .verdicts import FAILS, HOLDS, OPEN, Claim, held
 
 
@@ -42,6 +44,10 @@ def answer(study, notebook: str) -> Said:
     return Said("Not known yet: run all cells, then this one again.")
 
 
+UNITS = {"B1": " %", "Q1": " times", "Q2": " points", "Y1": " times", "Y3": " points"}
+"""By claim, of what is expected and measured; other claims say theirs."""
+
+
 def link(study, *names: str) -> Said:
     """Where all rows of tables are: names of tables, or of other files with their suffix."""
     files = [name if "." in name else f"{name}.csv" for name in names]
@@ -61,10 +67,11 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
     """Verdicts and measurements: a row for each claim, a column for each network."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for claim in claims:
-        said = claim.ours.split(" (")[0]
-        cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected})
-        cells[place(claim.where)] = f"{claim.verdict}: {said}"
-    return pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()]).fillna("")
+        said, unit = claim.ours.split(" (")[0], UNITS.get(claim.id, "")
+        cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected + unit})
+        cells[place(claim.where)] = f"{claim.verdict}: {said}{unit}"
+    table = pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()])
+    return table.fillna("not asked")
 
 
 def _train(claims: pd.DataFrame) -> str:
@@ -166,27 +173,52 @@ def _baseline(claims: pd.DataFrame) -> str:
 
 def _ingredients(claims: pd.DataFrame) -> str:
     what = claims["claim"].str.partition(" needs ")[2]
-    need = claims["verdict"].eq(HOLDS).groupby(what, sort=False).sum()
-    counts = sorted(set(need), reverse=True)
-    parts = [f"{count or 'none'}: {', '.join(need[need == count].index)}" for count in counts]
-    networks = claims["where"].nunique()
-    return f"Of {networks} networks, so many need it — {'; '.join(parts)}."
+    what = what.str.replace("epsilon", "ε").str.replace("z+", "z⁺")
+    needed: dict[str, list[str]] = {}
+    for ingredient, rows in claims.groupby(what, sort=False):
+        where = ", ".join(place(row) for row in rows.loc[rows["verdict"] == HOLDS, "where"])
+        needed.setdefault(where, []).append(ingredient)
+    nowhere = needed.pop("", [])
+    parts = [f"on {where}: {', '.join(said)}" for where, said in needed.items()]
+    return (
+        f"Needed, that is, a point more is lost without it — {'; '.join(parts) or 'nothing'}. "
+        f"Needed for certain on no network: {', '.join(nowhere) or 'none of them'}."
+    )
 
 
 def _beyond(folder: Path) -> str:
-    root = "lrp root, sequential"
-    pairs = [(root, "lrp root"), (root, "alike, sequential")]
-    rates = bd_rates(pd.read_csv(folder / "sequential.csv"), pairs)
-    told = bd_table(rates).set_index("against").drop(columns="recipe")
-
-    def rate_by_network(against: str) -> str:
-        return "; ".join(f"{place(where)} {said}" for where, said in told.loc[against].items())
-
-    return (
-        "BD-rate of coding layer after layer against all at once, units weighed by the root of "
-        f"relevance: {rate_by_network('lrp root')}. Of the root of relevance against units "
-        f"weighed alike, both layer after layer: {rate_by_network('alike, sequential')}."
+    errors = pd.read_csv(folder / "drift.csv")
+    before, after = (
+        errors[errors["recipe"] == way].nlargest(1, "knob")["error"].item()
+        for way in ("all layers at once", "layer after layer")
     )
+    where = network(*errors.iloc[0][NETWORK])
+    moved = f"Yes, in part: at the output of {where} the relative error falls"
+    if after >= before:
+        moved = f"No: at the output of {where} the relative error goes"
+    root, table = "lrp root, sequential", pd.read_csv(folder / "sequential.csv")
+    pairs = {
+        "layer after layer against all at once": (root, "lrp root"),
+        "against units weighed alike, both layer after layer": (root, "alike, sequential"),
+        "from more images against few": (MORE["lrp root"], root),
+    }
+    told = []
+    for what, pair in pairs.items():
+        rates = bd_rates(table, [pair])
+        known = rates[rates.groupby(NETWORK)["bd_rate"].transform("count") > 0]
+        if known.empty:
+            continue
+        (row,) = bd_table(known).drop(columns=["recipe", "against"]).to_dict("records")
+        rated = "; ".join(f"{place(at)} {said}" for at, said in row.items())
+        told.append(f"{what[0].upper()}{what[1:]}: {rated}")
+    sizes = (
+        "What files need at equal accuracy (BD-rate, units weighed by the root of relevance). "
+        f"{'. '.join(told)}."
+        if told
+        else "At equal accuracy its files cannot be compared: the curves have too few losses in "
+        "common."
+    )
+    return f"{moved} from {before:.3f} to {after:.3f}. {sizes}"
 
 
 def _settings(folder: Path) -> str:

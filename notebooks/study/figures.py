@@ -27,7 +27,7 @@ from .palette import (
     styles,
     ticks,
 )
-from .tables import points_lost
+from .tables import plain, points_lost
 from .verdicts import FAILS, HOLDS, OPEN, TITLES
 
 HEADLINE = ("lrp", "lrp root", "lrp, pruned", "paper's rule, literal, fine-tuned", "deeplift 100%",
@@ -55,6 +55,7 @@ def curves(
     ylabel: str = "",
     base: str = "",
     log: bool = False,
+    beside: Iterable[str] = (),
 ) -> Figure:
     """Lines over a knob, a panel for each network, a band over seeds where there are several.
 
@@ -71,34 +72,52 @@ def curves(
         the points lost against it (``palette.points_lost_axis``), and says so.
     log : bool
         Logarithmic x axis.
+    beside : iterable of str
+        Lines that both axes are not made for, since they would squeeze the others; they may leave
+        a panel, and the legend says so.
     """
     if base:
         table = table.assign(**{y: table[base] - table[y]})
         ylabel = ylabel or f"points of {y.replace('_', ' ')} lost"
         ylabel += f"\n{EVEN}"
+    methods = [*table[hue].unique()]  # of one look in all panels
+    looks = dict(zip(methods, styles(map(str, methods)), strict=True))
+    entries, leaving = {}, set()
     figure, panels = _by_network(table)
     for axis, part in panels:
-        lines = list(part.groupby(hue, sort=False))
-        looks = styles(str(name) for name, _ in lines)
-        for (name, line), look in zip(lines, looks, strict=True):
+        inside = part[~part[hue].isin([*beside])]
+        inside = inside if len(inside) else part
+        for name, line in part.groupby(hue, sort=False):
+            look = looks[name]
             means = line.groupby("knob")[[x, y]].agg(["mean", "min", "max"])
             means = means.sort_values((x, "mean"))
-            axis.plot(means[x]["mean"], means[y]["mean"], label=readable(str(name)), lw=1.6, **look)
+            (entries[name],) = axis.plot(
+                means[x]["mean"], means[y]["mean"], label=readable(str(name)), lw=1.6, **look
+            )
+            if not means[x]["mean"].between(inside[x].min(), inside[x].max()).all():
+                leaving.add(name)
             if line["seed"].nunique() > 1:
                 axis.fill_between(
                     means[x]["mean"], means[y]["min"], means[y]["max"], alpha=0.12, lw=0,
                     color=look["color"],
                 )  # fmt: skip
         if base:
-            points_lost_axis(axis, "y", part.groupby([hue, "knob"])[y].mean())
+            points_lost_axis(axis, "y", inside.groupby([hue, "knob"])[y].mean())
         if log:
             axis.set_xscale("log")
-            put_ticks(axis.xaxis, ticks(part[x]))
+            put_ticks(axis.xaxis, ticks(inside[x]))
             axis.tick_params(axis="x", labelrotation=30)
         elif (part[x] % 1 == 0).all():
             axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(inside) < len(part):
+            axis.set_xlim(_around(inside[x], log))
         axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    handles = [entries[name] for name in methods]
+    labels = [readable(str(name)) + "\n(leaves the panel)" * (name in leaving) for name in methods]
+    if base:
+        references = dict(zip(*panels[0][0].get_legend_handles_labels()[::-1], strict=True))
+        said = "uncompressed", "one point lost"
+        handles, labels = handles + [references[label] for label in said], [*labels, *said]
     if table.groupby(["dataset", "model"])["seed"].nunique().max() > 1:
         handles.append(Patch(fc=GREY, alpha=0.25, label="range over seeds"))
         labels.append("range over seeds")
@@ -107,12 +126,22 @@ def curves(
     return figure
 
 
+def _around(values: pd.Series, log: bool) -> tuple[float, float]:
+    """The ends of an axis that shows values with a margin."""
+    low, high = values.min(), values.max()
+    if log:
+        margin = (high / low) ** 0.05
+        return low / margin, high * margin
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
 def files(table: pd.DataFrame, recipes: Iterable[str] = ()) -> Figure:
     """``curves`` of points of test accuracy lost over bytes; of some recipes, or of all."""
     chosen = [*recipes] or table["recipe"].unique()
     return curves(
         table[table["recipe"].isin(chosen)], "file_bytes", "test_accuracy",
         base="base_test_accuracy", log=True, xlabel="file (bytes, logarithmic)",
+        beside=["uniform bits"],
     )  # fmt: skip
 
 
@@ -197,10 +226,12 @@ def matrix(
     image = axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values.to_numpy()):
         if not np.isnan(value):
-            axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8,
+            said = f"{plain(value, digits):.{digits}f}"
+            axis.text(column, row, said, ha="center", va="center", fontsize=8,
                       color=contrasting(image.to_rgba(value)))  # fmt: skip
-    axis.set_xticks(range(columns), [readable(str(n)) for n in values.columns], rotation=45,
-                    ha="right")  # fmt: skip
+    called = [readable(str(n)) for n in values.columns]
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, called)) > 2 else {}
+    axis.set_xticks(range(columns), called, **turned)
     axis.set_yticks(range(rows), [readable(str(n)) for n in values.index])
     axis.grid(False)
     axis.set(title=title, xlabel=values.columns.name or "", ylabel=values.index.name or "")

@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 from torch import nn
 
 from lib.relevance import scored_weights
@@ -12,7 +13,7 @@ CRITERIA = {
     "lrp-epsilon": "relevance",
     "lrp-epsilon/contrastive": "contrastive relevance",
     "lrp-epsilon/contrastive/abs": "|contrastive relevance|",
-    "lrp-epsilon/contrastive/rms": "contrastive relevance, mean square",
+    "lrp-epsilon/contrastive/rms": "contrastive relevance, root mean square",
     "magnitude": "|weight|",
     "magnitude-folded": "|weight|, BatchNorm folded",
     "literal": "literal rule",
@@ -44,7 +45,7 @@ STAGES = {", sequential": ", layer after layer", ", trained": ", in training"}
 PARTS = {
     "epsilon": "ε", "zplus": "z⁺", "gamma": "γ", "alpha2beta1": "α2β1",
     "target": "true class", "contrastive": "contrastive", "softmax-gradient": "softmax",
-    "sum": "sum", "abs": "sum of |·|", "rms": "mean square",
+    "sum": "sum", "abs": "sum of |·|", "rms": "root mean square",
 }  # fmt: skip
 """Of a score: rule / where propagation starts / how images are added up."""
 
@@ -53,6 +54,8 @@ WHOLE = {
     "nncodec": "NNCodec (ISO/IEC 15938-17)",
     "deep compression": "Deep Compression, no training",
     "gptq": "GPTQ",
+    "target start": "start at the true class",
+    "z+ instead of epsilon": "z⁺ instead of ε",
     "epsilon-plus-flat": "ε, z⁺, flat",
     "lenet300": "LeNet-300-100",
     "lenet5": "LeNet-5",
@@ -64,6 +67,13 @@ WHOLE = {
     "cifar10": "CIFAR-10",
     "cifar10-jpeg": "CIFAR-10 (JPEG)",
 }
+
+WORDS = {r"\badam-slow\b": "Adam, a tenth of the rate", r"\badam\b": "Adam", r"\bsgd\b": "SGD",
+         r"^1 images\b": "1 image"}  # fmt: skip
+"""Patterns that are told otherwise wherever they stand."""
+
+TEXTS = ("dataset", "model", "recipe", "against", "criterion", "method", "start")
+"""Columns of tables that hold names."""
 
 CIFAR = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -83,13 +93,32 @@ def readable(name: str) -> str:
     for prefix, pattern in CHANGES.items():
         if name.startswith(prefix):
             return pattern.format(readable(name.removeprefix(prefix)))
-    parts = name.split("/")
+    parts = re.split("[/ ]", name)
     if all(part in PARTS for part in parts):
         return ", ".join(PARTS[part] for part in parts)
     for word, said in STAGES.items():
         name = name.replace(word, said)
+    for pattern, said in WORDS.items():
+        name = re.sub(pattern, said, name)
     first, comma, rest = name.partition(", ")
     return CRITERIA.get(first, first) + comma + rest
+
+
+def told(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose columns of names (``TEXTS``) say what they are called in figures."""
+    return table.assign(**{name: table[name].map(readable) for name in TEXTS if name in table})
+
+
+def glossary() -> pd.DataFrame:
+    """All names that ``readable`` knows: as in tables and recipes, and as in figures."""
+    known = (
+        WHOLE | CRITERIA | {name: readable(name) for name in (*PARTS, "adam", "adam-slow", "sgd")}
+    )
+    changed = {f"{before}…": f"{said}…" for before, said in WAYS.items()}
+    changed |= {f"{before}…": said.format("…") for before, said in CHANGES.items()}
+    changed |= {f"…{before}": f"…{said}" for before, said in STAGES.items()}
+    rows = (known | changed).items()
+    return pd.DataFrame(rows, columns=["in recipes and tables of results/", "in figures and texts"])
 
 
 def network(dataset: str, model: str) -> str:

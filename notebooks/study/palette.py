@@ -35,7 +35,7 @@ INDIGO, WINE = "#332288", "#882255"
 """Okabe and Ito's palette and two dark colours of Tol's, told apart by colour-blind readers; in
 grey print markers and hatches do it."""
 SIGNED = "RdBu_r"  # red for, blue against
-_CONTROLS = {"random": (GREY, "--"), "shuffled": (GREY, "--"), "reversed": (BLACK, ":")}
+_CONTROLS = {"random": (GREY, "--"), "shuffled": (BLACK, "-."), "reversed": (BLACK, ":")}
 _BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "uniform",
               "nncodec", "deep compression", "gptq", "quanto", "torchao")  # fmt: skip
 _OURS, _THEIRS = (BLUE, SKY, GREEN, INDIGO), (RED, ORANGE, PURPLE, WINE)
@@ -43,7 +43,7 @@ _MARKERS = "osD^vPX*<>"
 
 
 def style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
-    """Controls are grey and dashed; baselines take warm colours first, all others cool ones."""
+    """Controls are dashed, grey or black; baselines take warm colours first, all others cool."""
     marker = {"marker": _MARKERS[position % len(_MARKERS)], "ms": 5}
     for family, (colour, line) in _CONTROLS.items():
         if family in name:
@@ -86,12 +86,18 @@ def put_ticks(axis: Axis, values: list[float]) -> None:
 
 
 def ticks(values: pd.Series) -> list[float]:
-    """1, 2 and 5 times powers of ten within the range of values, or its ends if it is narrow."""
+    """1, 2 and 5 times powers of ten within the range of values; more steps if it is narrow.
+
+    The ends of a range without any two of these.
+    """
     low, high = values.min(), values.max()
     powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    found = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-    within = [tick for tick in found if 0.999 * low <= tick <= 1.001 * high]
-    return within if len(within) > 1 else sorted({float(f"{end:.2g}") for end in (low, high)})
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        found = [step * 10.0**power for power in powers for step in steps]
+        within = [tick for tick in found if 0.999 * low <= tick <= 1.001 * high]
+        if len(within) > 1:
+            return within
+    return sorted({float(f"{end:.2g}") for end in (low, high)})
 
 
 EVEN = "(even to 1, then logarithmic)"
@@ -107,8 +113,9 @@ def points_lost_axis(axes: Axes, which: str, values: pd.Series) -> list[Line2D]:
     across = {"x": axes.axvline, "y": axes.axhline}[which]
     lines = [across(0, color="black", lw=0.8, ls=":", label="uncompressed"),
              across(1, color="black", lw=0.8, label="one point lost")]  # fmt: skip
-    ends = min(-0.3, values.min() - 0.1), max(1.5, 1.3 * values.max())
+    gained = values.min() < -0.1  # then a tick shows how much
+    ends = min(-0.55 if gained else -0.3, values.min() - 0.1), max(1.5, 1.3 * values.max())
     getattr(axes, f"set_{which}scale")("symlog", linthresh=1)
     axes.set(**{f"{which}lim": ends if which == "x" else ends[::-1]})
-    put_ticks(getattr(axes, f"{which}axis"), [-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    put_ticks(getattr(axes, f"{which}axis"), [-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100])
     return lines

@@ -22,12 +22,12 @@ def before_and_after(compressed, before: float, after: float) -> Figure:
     left.barh(place + 0.2, table["bytes"], 0.4, color=BLUE, label="in the file")
     left.set_yticks(place, table["layer"])
     left.invert_yaxis()
-    left.set(xscale="log", xlabel="bytes", title="size")
+    left.set(xscale="log", xlabel="bytes (logarithmic)", title="size")
     left.legend(fontsize=10)
     right.bar(["before", "after"], [before, after], color=[GREY, BLUE], width=0.6)
     for column, value in enumerate((before, after)):
         right.text(column, value, f"{value:.1f} %", ha="center", va="bottom")
-    right.set(ylim=(min(before, after) - 5, 101), title="test accuracy", ylabel="%")
+    right.set(ylim=(0, 112), title="test accuracy", ylabel="%")
     return figure
 
 
@@ -88,8 +88,9 @@ def histograms(scores: dict[str, Tensor], title: str) -> Figure:
         axis.axvline(0, color="black", lw=0.8)
         axis.set(yscale="log", title=name, xlabel="relevance", xlim=(-limit, limit))
         zero, beyond = np.mean(values == 0), np.mean(np.abs(values) > limit)
-        said = {"left": f"{np.mean(values <= 0):.0%} removed,\n{zero:.0%} exactly 0",
-                "right": f"{beyond:.0%} beyond\nthe edges"}  # fmt: skip
+        gone = np.mean(values <= 0)
+        said = {"left": f"{100 * gone:.0f} % removed,\n{100 * zero:.0f} % exactly 0",
+                "right": f"{100 * beyond:.0f} % beyond\nthe edges"}  # fmt: skip
         for x, (side, each) in zip((0.03, 0.97), said.items(), strict=True):
             axis.text(x, 0.97, each, va="top", ha=side, transform=axis.transAxes, fontsize=8)
         axis.set_ylim(top=30 * max(removed.max(), kept.max()))

@@ -42,11 +42,11 @@ def tiny_network(chain: nn.Sequential, values: Tensor, scores: dict[str, Tensor]
             axis.plot([depth, depth + 1], ends, color=colour if value else "#cccccc", ls=line,
                       lw=0.8 + 5 * abs(value) / most, zorder=1)  # fmt: skip
             at = 0.26 + 0.16 * (k % 3)
-            axis.text(depth + at, (1 - at) * ends[0] + at * ends[1], f"{value:+.2f}", fontsize=8,
+            axis.text(depth + at, (1 - at) * ends[0] + at * ends[1], _signed(value), fontsize=8,
                       ha="center", va="center", bbox=plain)  # fmt: skip
     for depth, (layer, places) in enumerate(zip(layers, heights, strict=True)):
         for value, height in zip(layer.tolist(), places, strict=True):
-            axis.text(depth, height, f"{value:.2f}", ha="center", va="center", zorder=3,
+            axis.text(depth, height, _signed(value).lstrip("+"), ha="center", va="center", zorder=3,
                       bbox={"boxstyle": "circle,pad=0.35", "fc": "white", "ec": BLACK})  # fmt: skip
     axis.set(xlim=(-0.3, len(layers) - 0.7), ylim=(-0.6, top + 0.6), xticks=range(len(layers)))
     axis.set_xticklabels(["input", *["hidden, after ReLU"] * (len(layers) - 2), "logits"])
@@ -54,6 +54,11 @@ def tiny_network(chain: nn.Sequential, values: Tensor, scores: dict[str, Tensor]
     axis.spines[:].set_visible(False)
     axis.grid(False)
     return figure
+
+
+def _signed(value: float) -> str:
+    """With its sign and two digits; what rounds to nothing is a plain zero."""
+    return f"{value:+.2f}" if round(value, 2) else "0"
 
 
 def agreement(known: Tensor, scores: dict[str, Tensor], xlabel: str) -> Figure:
@@ -103,6 +108,9 @@ def whereabouts(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.axhline(100, color=BLACK, lw=1, ls="--")
         axis.set(title=title)
         axis.tick_params(axis="x", labelrotation=30)
+    ends = [axis.get_ylim() for axis in axes]
+    for axis in axes:  # the same for all, or they could not be compared
+        axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     axes[0].set_ylabel("relevance (% of the logits)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure

@@ -82,16 +82,21 @@ def smallest_files(tables: Iterable[pd.DataFrame], max_drop: float) -> pd.DataFr
 def operating_points(best: pd.DataFrame) -> pd.DataFrame:
     """``summarise`` of ``smallest_files``, with the share of seeds that reached the accuracy."""
     keys = [*NETWORK, "recipe"]
-    reached = best.groupby(keys, sort=False)["reached"].mean().map("{:.0%}".format)
+    reached = best.groupby(keys, sort=False)["reached"].mean().mul(100).map("{:.0f} %".format)
     return summarise(best, keys).merge(reached.reset_index(), on=keys, validate="one_to_one")
+
+
+def plain(value: float, digits: int) -> float:
+    """A value rounded to so many digits, without the sign of a zero."""
+    return round(value, digits) + 0.0
 
 
 class Table:
     """A table for the eye: HTML in a notebook, whose numbers are tested in ``results/`` instead.
 
     Texts stand left, numbers right; what is not a number is a dash. Floating-point columns have so
-    many digits, none where values reach a thousand, such as bytes. A long table may be folded: it
-    is then unfolded by a click on what ``fold`` calls it.
+    many digits, none where all are whole or values reach a thousand, such as bytes. A long table
+    may be folded: it is then unfolded by a click on what ``fold`` calls it.
     """
 
     def __init__(self, frame: pd.DataFrame, digits: int = 2, fold: str = ""):
@@ -114,9 +119,11 @@ class Table:
     def _said(self, column: pd.Series) -> pd.Series:
         if not _counts(column):
             return column.fillna("").map(_left)
-        whole = pd.api.types.is_integer_dtype(column) or column.abs().max() >= 1000
+        whole = (column.dropna() % 1 == 0).all() or column.abs().max() >= 1000
         digits = 0 if whole else self.digits
-        return column.map(lambda value: "–" if pd.isna(value) else f"{value:,.{digits}f}")
+        return column.map(
+            lambda value: "–" if pd.isna(value) else f"{plain(value, digits):,.{digits}f}"
+        )
 
 
 def _counts(column: pd.Series) -> bool:

@@ -53,9 +53,14 @@ def test_answers_count_what_holds_and_neither_what_is_open_nor_what_fails():
     assert said.startswith("1 of 2 are for certain")
     assert "LeNet-5 on digits 97.22 % (known for 96.0 %); ResNet-8 on digits 95.90 %" in said
     needed = on_both("A1", "the reading needs {}", "verdict",
-                     {"refitting": ("holds", "holds"), "rounds": ("holds", "open")})  # fmt: skip
+                     {"refitting": ("holds", "holds"), "rounds": ("holds", "open"),
+                      "a start": ("open", "fails")})  # fmt: skip
     said = answers.ANSWERS["07-which-ingredient"](pd.DataFrame(needed))
-    assert said == "Of 2 networks, so many need it — 2: refitting; 1: rounds."
+    assert said == (
+        "Needed, that is, a point more is lost without it — on LeNet-5 on digits, ResNet-8 on "
+        "digits: refitting; on LeNet-5 on digits: rounds. Needed for certain on no network: a "
+        "start."
+    )
 
 
 def test_answers_tell_readings_apart():
@@ -75,6 +80,26 @@ def test_answers_tell_readings_apart():
     said = answers.ANSWERS["04-mixed-precision"](pd.DataFrame(tested))
     assert "on 1 of 2 networks if relevance weighs the rounding" in said
     assert "and on 0 of 2 networks if its magnitude ranks" in said
+
+
+def test_the_answer_about_drift_is_its_table_s_and_leaves_out_curves_apart(tmp_path):
+    ways = {"all layers at once": (0.3, 0.2), "layer after layer": (0.3, 0.05)}
+    rows = [("digits", "lenet5", 0, way, knob, error)
+            for way, errors in ways.items() for knob, error in enumerate(errors, 1)]  # fmt: skip
+    errors = pd.DataFrame(rows, columns=["dataset", "model", "seed", "recipe", "knob", "error"])
+    errors.to_csv(tmp_path / "drift.csv", index=False)
+    files = [("lrp root", 1000, 0.1), ("lrp root", 500, 2.0), ("lrp root, sequential", 500, 0.1),
+             ("lrp root, sequential", 250, 2.0), ("alike, sequential", 500, 9.0)]  # fmt: skip
+    table = pd.DataFrame(files, columns=["recipe", "file_bytes", "test_accuracy"])
+    table["test_accuracy"] = 99 - table["test_accuracy"]
+    table = table.assign(dataset="digits", model="lenet5", seed=0, base_test_accuracy=99.0)
+    table.to_csv(tmp_path / "sequential.csv", index=False)
+    said = answers.FROM_TABLES["06-beyond"](tmp_path)
+    assert said.startswith(
+        "Yes, in part: at the output of LeNet-5 on digits the relative error falls from 0.200 to "
+        "0.050."
+    )
+    assert said.endswith("Layer after layer against all at once: LeNet-5 on digits -50.0 %.")
 
 
 @pytest.mark.parametrize("lost, said", [("0.28", "loses 0.28 points"), ("-0.28", "loses no test")])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from study import answers, figures, names, palette, sliders
+from study import answers, figures, names, palette, sketches, sliders
 from study.tables import Table
 
 METHODS = ("BLUE", "SKY", "GREEN", "INDIGO", "RED", "ORANGE", "PURPLE", "WINE")
@@ -59,6 +59,49 @@ def test_curves_show_the_means_and_the_range_over_seeds():
     }
     bands = [band.get_paths()[0].get_extents() for band in axis.collections]
     assert [(band.y0, band.y1) for band in bands] == [(87, 91), (86, 90)]
+
+
+def test_a_method_has_one_look_in_all_panels_and_each_has_an_entry_in_the_legend():
+    more = runs()[runs()["recipe"] == "random"].assign(model="other")
+    table = pd.concat([more, runs(), runs().replace("ours", "third").assign(model="last")])
+    figure = figures.curves(table, "file_bytes", "test_accuracy")
+    looks = {
+        (line.get_label(), line.get_color(), line.get_marker(), line.get_linestyle())
+        for axis in figure.axes
+        for line in axis.get_lines()
+    }
+    assert len(looks) == 3
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said == ["random", "ours", "third", "range over seeds"]
+
+
+def test_a_line_beside_the_others_does_not_squeeze_them():
+    far = runs()[runs()["recipe"] == "ours"].assign(recipe="far", base_test_accuracy=95.0)
+    far["file_bytes"] *= 1000
+    figure = figures.curves(
+        pd.concat([runs(), far]), "file_bytes", "test_accuracy", beside=["far"], log=True
+    )
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    assert 900 < low < 1100 and 2210 < high < 2500
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[:3] == ["ours", "random", "far\n(leaves the panel)"]
+
+
+def test_a_zero_has_no_sign():
+    (axis,) = figures.matrix(pd.DataFrame([[-0.001]]), "title").axes
+    assert [text.get_text() for text in axis.texts] == ["0.00"]
+    assert "<td>0.00</td>" in Table(pd.DataFrame({"a": [-0.001, 0.5]}))._repr_html_()
+    assert sketches._signed(-0.001) == sketches._signed(0.0) == "0"
+    assert sketches._signed(0.25) == "+0.25"
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [(3, 700, [5, 10, 20, 50, 100, 200, 500]), (280, 450, [300, 400]), (41, 49, [41, 49])],
+)
+def test_ticks_are_round_where_any_round_one_lies_within(low, high, expected):
+    assert palette.ticks(pd.Series([low, high])) == expected
 
 
 def test_curves_against_the_base_show_points_lost():
@@ -174,6 +217,15 @@ def test_names_need_no_code_to_be_read():
         "√ relevance, pruned, layer after layer"
     )
     assert names.place("cifar10-jpeg-vgg16-s0") == "VGG-16 on CIFAR-10 (JPEG)"
+    assert names.readable("zplus rms contrastive") == "z⁺, root mean square, contrastive"
+    assert names.readable("1 images a class, pruned") == "1 image a class, pruned"
+    assert names.readable("15 images a class") == "15 images a class"
+    assert (
+        names.readable("all, adam-slow: 50") == "reading that works, Adam, a tenth of the rate: 50"
+    )
+    assert names.told(pd.DataFrame({"model": ["lenet5"], "x": ["lenet5"]})).values.tolist() == [
+        ["LeNet-5", "lenet5"]
+    ]
     assert names.place("resnet18") == "resnet18"
     assert names.classes("cifar10-jpeg")[3] == "cat" and names.classes("mnist")[3] == "3"
 
