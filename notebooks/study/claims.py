@@ -96,8 +96,7 @@ def saved(case: Case, model: nn.Module, compressed: Compressed, path: Path) -> l
     return [
         single("Q1", "the file is at least 10 times smaller than the float32 weights", case, "10",
                f"{ratio:.1f}", ratio >= 10, case.seed),
-        _little_lost("Q2", case, lost, case.seed),
-        _equal("Q3", case, identical, case.seed),
+        _little_lost("Q2", case, lost, case.seed), _equal("Q3", case, identical, case.seed),
     ]  # fmt: skip
 
 
@@ -231,10 +230,8 @@ def beyond(table: pd.DataFrame, read: Callable[[str], pd.DataFrame]) -> list[Cla
     ends = [(other, "") for other in CRITERIA] + [(CRITERIA[0], ", pruned")]
     pairs = {
         f"{what}, layer after layer{pruned}, needs no larger file than {other}": (
-            f"{name}{pruned}, sequential", f"{other}{pruned}, sequential",
-        )
-        for what, name in WAYS.items()
-        for other, pruned in ends
+            f"{name}{pruned}, sequential", f"{other}{pruned}, sequential")
+        for what, name in WAYS.items() for other, pruned in ends
     }  # fmt: skip
     pairs |= {
         f"{what}, from more images, needs no larger file than {other}": (MORE[name], MORE[other])
