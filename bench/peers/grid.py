@@ -13,23 +13,17 @@ def _nncodec(model: str) -> list[list[dict]]:
     """Dependent quantization throughout; its default for what is not a weight is -75.
 
     BatchNorm is folded into scales where there is some, which saves bytes at no loss. LeNets, of
-    which a file takes seconds, are tried at more prices of a bit in its trellis, and between steps.
+    which a file takes seconds, are tried at several prices of a bit in its trellis, too.
     """
-    norms = not model.startswith("lenet")
-    pairs = [(-32, 0.0), (-28, 0.0), (-28, 0.2)]
-    pairs += [] if norms else [(-75, 0.0), (-28, 0.5), (-28, 1.0), (-28, 2.0)]
-    steps = _STEPS.get(model, _OTHERS)
+    norms, steps = not model.startswith("lenet"), _STEPS.get(model, _OTHERS)
+    pairs = [(-32, 0.0), (-28, 0.0)]
+    pairs += [] if norms else [(-75, 0.0), (-28, 0.2), (-28, 0.5), (-28, 1.0), (-28, 2.0)]
     ladders = [
         [{"qp": qp, "nonweight_qp": other, "lambda_scale": price} for qp in steps]
         for other, price in pairs
     ]
-    if not norms:
-        ladders.append(
-            [
-                {"qp": 2 * qp + 1, "nonweight_qp": -56, "lambda_scale": 0.0, "qp_density": 3}
-                for qp in steps
-            ]
-        )
+    between = {"nonweight_qp": -56, "lambda_scale": 0.0, "qp_density": 3}  # eight steps an octave
+    ladders.append([{"qp": 2 * qp + 1} | between for qp in steps])
     return [[each | {"use_dq": True, "bnf": norms} for each in ladder] for ladder in ladders]
 
 
