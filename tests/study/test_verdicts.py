@@ -49,7 +49,7 @@ def test_choices_are_made_on_validation_not_on_test():
 
 def test_tables_keep_the_rows_together():
     table = operating_points(smallest_files([RUNS], 1.0)).set_index("recipe")
-    assert table["reached"].to_dict() == {"ours": "100%", "theirs": "100%", "never": "0%"}
+    assert table["reached"].to_dict() == {"ours": "100 %", "theirs": "100 %", "never": "0 %"}
     assert table.loc["ours", "points lost"] == pytest.approx(0.5)
     assert table.loc["never", "points lost"] == pytest.approx(78)
     order = summarise(RUNS.iloc[::-1], ["recipe"])["recipe"].tolist()
