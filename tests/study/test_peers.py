@@ -119,6 +119,24 @@ def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch
     assert not (study.results / "nncodec.csv").exists()
 
 
+def test_a_coder_with_files_that_are_not_tested_yet_is_left_out(tmp_path, capsys):
+    def rows(coder, tested):
+        common = {"dataset": "a", "model": "x", "seed": 0, "recipe": coder, "settings": "{}",
+                  "ratio": 2.0, "base_val_accuracy": 90.0, "base_test_accuracy": 90.0}  # fmt: skip
+        return [common | {"file_bytes": size, "val_accuracy": 88 + size / 100,
+                          "test_accuracy": 88.0 if size < 200 or tested else None}
+                for size in (100.0, 200.0)]  # fmt: skip
+
+    (tmp_path / "peers").mkdir()
+    log = pd.DataFrame(rows("whole", True) + rows("half", False))
+    log.to_csv(tmp_path / "peers" / "a-x-s0.csv", index=False)
+    run.tables(tmp_path)
+    found = pd.read_csv(tmp_path / "peers.csv")
+    assert set(found["recipe"]) == {"whole"} and found["file_bytes"].tolist() == [100, 200]
+    assert found["file_bytes"].dtype == int
+    assert "half of a-x-s0" in capsys.readouterr().out
+
+
 def test_a_ladder_ends_where_too_much_is_lost(tmp_path):
     log, ladder = run.Log(tmp_path / "log.csv"), [{"qp": qp} for qp in (1, 2, 3)]
     assert log.missing("coder", ladder) == ladder
