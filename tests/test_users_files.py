@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import Tied
 from small import small_data as _data
 from small import small_net as _net
 from torch import nn
@@ -40,15 +41,6 @@ def test_an_activation_that_a_model_keeps_is_no_obstacle():
 
 
 def test_tied_weights_are_stored_once():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.e, self.f = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
-            self.f.weight = self.e.weight
-
-        def forward(self, t):
-            return self.f(self.e(t).mean(1))
-
     model, t, y = Tied(), torch.randint(0, 50, (60, 7)), torch.arange(60) % 50
     compressed = compress(model, t, y, Recipe(store=Uniform(4)))
     assert compressed.nbytes < 1.1 * 50 * 32 / 2
