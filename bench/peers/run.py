@@ -43,6 +43,7 @@ WRITTEN = {"deep compression": DeepCompression, "gptq": GPTQ}
 LOST = 3.0
 """Points of validation accuracy beyond which a ladder of settings ends, and no file is tested."""
 KEY = ["recipe", "settings"]
+WHOLE = ("seed", "file_bytes", "threads")
 FIRST = ["dataset", "model", "seed", "recipe", "knob", "settings"]
 PROVENANCE = ("commit", "code_changed_since", "python", "device", "cpu_capability", "threads")
 Coder = Callable[[dict], tuple[bytes, dict[str, Tensor]]]
@@ -134,6 +135,8 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
         self.table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+        whole = [name for name in WHOLE if name in self.table]
+        self.table = self.table.astype(dict.fromkeys(whole, "int64"))
 
     def of(self, recipe: str) -> pd.DataFrame:
         """Rows of one coder."""
@@ -155,7 +158,9 @@ class Log:
 
     def add(self, row: dict) -> None:
         """Append a row."""
-        self.table = pd.concat([self.table, pd.DataFrame([row])], ignore_index=True)[[*row]]
+        new = pd.DataFrame([row])
+        # an empty table has no kinds of columns yet, and would make whole numbers decimals
+        self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
         self.save()
 
     def save(self) -> None:
