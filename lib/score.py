@@ -11,7 +11,8 @@ shaped like its weight; the higher, the more important. Names are those of ``CRI
 - ``lrp-<rule>``, ``lrp-<rule>/<start>``, ``lrp-<rule>/<start>/<aggregate>``: relevance, with any
   rule, composite, start and aggregate of ``lib.relevance``, as in ``lrp-zplus/contrastive/abs``;
 - ``reversed:<criterion>``: ranks the other way around, ``shuffled:<criterion>``: the same values
-  dealt out at random over the network (controls), ``root:<criterion>``: their square roots.
+  dealt out at random over the network (controls); ``root:<criterion>``: their square roots,
+  ``three-quarters:<criterion>``: powers of 3/4.
 
 To add one: ``CRITERIA["mine"] = Criterion("mine", function)``, or pass the object itself.
 """
@@ -192,9 +193,12 @@ def _in_reverse(values: Tensor) -> Tensor:
     return dealt
 
 
-def _root_of_mean_one(units: Tensor) -> Tensor:
-    root = units.sqrt()
-    return root / _positive(root.mean())
+def _power(name: str, exponent: float) -> Wrapper:
+    def units(values: Tensor) -> Tensor:
+        powers = values**exponent
+        return powers / _positive(powers.mean())
+
+    return Wrapper(name, lambda scores: scores.sign() * scores.abs() ** exponent, units)
 
 
 def _positive(mean: Tensor) -> Tensor:
@@ -206,7 +210,8 @@ WRAPPERS = {
     for wrapper in (
         Wrapper("reversed", torch.neg, _in_reverse),
         Wrapper("shuffled", _shuffled, _shuffled),
-        Wrapper("root", lambda s: s.sign() * s.abs().sqrt(), _root_of_mean_one),
+        _power("root", 0.5),
+        _power("three-quarters", 0.75),
     )
 }
 
