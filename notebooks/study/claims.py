@@ -76,7 +76,7 @@ MORE_CONTRIBUTION = [
     (MORE[ours], MORE[other]) for ours in WAYS.values() for other in (*CRITERIA, CONTROLS[0])
 ]
 TRAINED = "lrp root, trained"
-TRAINED_RIVALS = ("alike, trained", "shuffled root, trained", "ECQx")
+TRAINED_RIVALS = ("alike, trained", "fisher, trained", "shuffled root, trained", "ECQx")
 """Recipes that train: ours; those that weigh units otherwise, and the rival."""
 BD_PAIRS = [
     *((sequential, name) for name, sequential in SEQUENTIAL.items()),

@@ -1,10 +1,11 @@
-"""Files of other coders beside ours, where ``make peers`` was run."""
+"""Files of other coders beside ours, where ``make peers`` was run; and variants of ours."""
 
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
+from .bdrate import bd_table
 from .names import place, readable
 from .paths import STANDARD
 from .tables import NETWORK, smallest_files, text
@@ -38,6 +39,19 @@ def read(study) -> pd.DataFrame:
     rows = pd.concat(found)
     ours = {(case.dataset, case.model, case.seed) for case in study.cases}
     return rows[[key in ours for key in zip(*(rows[c] for c in (*NETWORK, "seed")), strict=True)]]
+
+
+def trials(study) -> pd.DataFrame:
+    """What variants of ours bring, as of ``bench/bench_trials.py``; says so if none was tried.
+
+    ``study`` is the ``Study`` whose ``results`` are read. Columns as of ``bdrate.bd_table``, by
+    points of validation accuracy lost; the networks by what they are called in figures.
+    """
+    path = study.results / "trials-rates.csv"
+    if not path.exists():
+        print(f"variants were not tried: python bench/bench_trials.py {study.name}")
+        return pd.DataFrame(columns=["recipe", "against"], dtype=str)
+    return bd_table(pd.read_csv(path).fillna({"why": ""})).rename(columns=place)
 
 
 def curves(ours: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:

@@ -96,7 +96,7 @@ def size_claims(
                 continue
             size, other = (sizes[name] for name in pair)
             said = f"{bd_text(rates)}; within 1 point {size}, the other {other}"
-            verdict, seeds = bd_verdict(rates, wanted), seeds_of(part[part["recipe"] == pair[0]])
+            verdict, seeds = bd_verdict(rates, wanted), seeds_of(rates)  # those that both have
             claims.append(Claim(identifier, sentence, where, goal, said, verdict, seeds))
     return claims
 
