@@ -263,3 +263,13 @@ def test_without_peers_a_line_says_so_and_with_them_c7_is_judged(study, capsys):
     assert set(peers.read(study)["recipe"]) == {"nncodec"}, "of the study's own networks"
     found = [claim for claim in claims.beyond(ours, study.load_table) if claim.id == "C7"]
     assert [claim.verdict for claim in found] == ["holds"]
+
+
+def test_variants_that_were_tried_stand_in_one_table_by_network(study, capsys):
+    assert peers.trials(study).empty and "not tried" in capsys.readouterr().out
+    rows = "dataset,model,seed,recipe,against,bd_rate,why\n"
+    rows += "digits,lenet5,0,a mask first,usual,-10,\ndigits,lenet5,1,a mask first,usual,-10,\n"
+    study.results.mkdir(parents=True, exist_ok=True)
+    (study.results / "trials-rates.csv").write_text(rows)
+    table = peers.trials(study)
+    assert table["LeNet-5 on digits"].tolist() == ["-10.0 ± 0.0 %"]

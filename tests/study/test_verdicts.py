@@ -173,6 +173,12 @@ def test_an_interval_over_seeds_that_contains_zero_leaves_sizes_open():
     assert claim.verdict == HOLDS  # one seed is decided by its value
 
 
+def test_a_comparison_names_the_seeds_that_both_have():
+    parts = [_curves({"ours": 1, "theirs": 2}, 0), _curves({"ours": 1}, 1)]
+    (claim,) = size_claims(pd.concat(parts), "C7", {"no larger": ("ours", "theirs")})
+    assert claim.seeds == (0,)
+
+
 def test_criteria_are_compared_one_by_one():
     names = ("ours", "theirs", "never")
     pairs = {f"{a} {b}": (a, b) for a, b in product(names, names)} | {"x": ("ours", "not run")}
