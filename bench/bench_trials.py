@@ -42,7 +42,7 @@ POWERS = {"1/4": "root:root:", "1/2": "root:", "3/4": "three-quarters:", "1": ""
 NETWORKS = {"lenet300": 3, "lenet5": 3, "resnet20": 1}  # how many seeds; files of others take long
 PRICES = {
     "lenet300": (0.01, 0.018, 0.032, 0.056, 0.1, 0.18),
-    "lenet5": (0.01, 0.018, 0.032, 0.056, 0.1, 0.18),
+    "lenet5": (0.018, 0.032, 0.056, 0.1, 0.18, 0.32, 0.56),
     "resnet20": (0.0056, 0.0075, 0.01, 0.0133, 0.018, 0.024, 0.032),
 }
 COUNTS = (5, 20, 200, 500)
