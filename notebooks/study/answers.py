@@ -10,6 +10,7 @@ from .names import place, readable
 from .paths import ROOT
 from .records import read_json
 from .sentences import ANSWERS, FROM_TABLES
+from .tables import each_network, points_lost, text
 from .verdicts import FAILS, HOLDS, OPEN, TITLES, Claim
 
 
@@ -75,6 +76,21 @@ def negative(removed: float, kept: float) -> Said:
         f"Of the weights that the rule removes here <b>{removed:.0f} %</b> are negative, of those "
         f"that it keeps <b>{kept:.0f} %</b>."
     )
+
+
+def in_the_same_room(files: pd.DataFrame) -> Said:
+    """What recipes lose in files of the same size, from ``lessons.same_bytes``: by network."""
+    said = []
+    for where, part in each_network(files):
+        lost = {
+            readable(name).removeprefix("units: "): text(points_lost(rows), 1)
+            + " in a larger file" * bool((rows["file_bytes"] > rows["room"]).any())
+            for name, rows in part.groupby("recipe", sort=False)
+        }
+        room = text(part.groupby("seed")["room"].first() / 1000, 1, " kB")
+        told = "; ".join(f"{name} {points}" for name, points in lost.items())
+        said.append(f"{place(where)}, at most {room}: {told}.")
+    return Said(f"<b>Points of test accuracy lost</b><br>{'<br>'.join(said)}")
 
 
 def by_network(claims: list[Claim]) -> pd.DataFrame:

@@ -195,3 +195,18 @@ def test_of_what_is_removed_and_of_what_is_kept_so_many_are_negative():
     scores = {"weight": torch.tensor([[-1.0, 0.0, -1.0, 2.0, 3.0]])}
     assert lessons.negative_shares(layer, scores) == pytest.approx((200 / 3, 50))
     assert "67 %</b> are negative" in answers.negative(200 / 3, 50).text
+
+
+def test_recipes_are_compared_in_the_room_that_ours_takes():
+    files = [("ours", 900, 96.9, 96.0), ("ours", 500, 96.5, 95.0), ("ours", 400, 90.0, 91.0),
+             ("alike", 500, 80.0, 81.0), ("alike", 450, 85.0, 84.0), ("alike", 501, 97.0, 97.0),
+             ("far", 600, 70.0, 60.0), ("far", 700, 90.0, 90.0)]  # fmt: skip
+    columns = ["recipe", "file_bytes", "val_accuracy", "test_accuracy"]
+    table = pd.DataFrame(files, columns=columns).assign(
+        dataset="digits", model="lenet5", seed=0, base_val_accuracy=97.0, base_test_accuracy=97.5
+    )
+    found = lessons.same_bytes(table, "ours", ["alike", "far"])
+    assert found["file_bytes"].tolist() == [500, 450, 600] and set(found["room"]) == {500}
+    assert "LeNet-5 on digits, at most 0.5 kB: ours 2.5; all alike 13.5; far 37.5 in a larger" in (
+        answers.in_the_same_room(found).text
+    )
