@@ -275,5 +275,6 @@ def smallest(best: pd.DataFrame) -> Figure:
 def _dot(axis: Axes, values: pd.Series, row: int, name: str, marker: str = "o") -> None:
     """The mean over seeds as a dot and their range as a line, in the colour of a method."""
     colour = style(name, 0)["color"]
+    colour = GREY if colour == BLACK else colour  # rows tell controls apart, and a legend has one
     axis.plot([values.min(), values.max()], [row, row], color=colour, lw=2, alpha=0.4)
     axis.plot(values.mean(), row, marker, color=colour)
