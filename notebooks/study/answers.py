@@ -101,12 +101,12 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
         unit = UNITS.get(claim.id, "")
         where = place(claim.where) + ("" if claim.where in several else ", one seed")
         cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected + unit})
-        cells[where] = f"{claim.verdict}: {_measurement(claim.ours)}{unit}"
+        cells[where] = f"{claim.verdict}: {measured(claim.ours)}{unit}"
     table = pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()])
     return table.fillna("not asked")
 
 
-def _measurement(ours: str) -> str:
+def measured(ours: str) -> str:
     """What was measured, in the words of figures; of files that are compared without their sizes.
 
     Of ``9.1 kB within 1 point; against units by alike -34.0 % (19.3 kB)`` it is ``9.1 kB within 1

@@ -83,12 +83,13 @@ def curves(
         table = table.assign(**{y: table[base] - table[y]})
         ylabel = ylabel or f"points of {y.replace('_', ' ')} lost"
         ylabel += f"\n{EVEN}"
+    beside = {*beside}
     methods = [*table[hue].unique()]  # of one look in all panels
     looks = dict(zip(methods, styles(map(str, methods)), strict=True))
     entries, leaving = {}, set()
     figure, panels = _by_network(table)
     for axis, part in panels:
-        inside = part[~part[hue].isin([*beside])]
+        inside = part[~part[hue].isin(beside)]
         inside = inside if len(inside) else part
         for name, line in part.groupby(hue, sort=False):
             look = looks[name]
@@ -97,7 +98,8 @@ def curves(
             (entries[name],) = axis.plot(
                 means[x]["mean"], means[y]["mean"], label=readable(str(name)), lw=1.6, **look
             )
-            if not means[x]["mean"].between(inside[x].min(), inside[x].max()).all():
+            ends = inside[x].min(), inside[x].max()
+            if name in beside and not means[x]["mean"].between(*ends).all():
                 leaving.add(name)
             if line["seed"].nunique() > 1:
                 axis.fill_between(

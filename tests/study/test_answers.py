@@ -143,7 +143,7 @@ def test_all_committed_measurements_can_be_told():
     for profile in ("quick", "paper"):
         rows = read_claims(ROOT / "results" / profile)
         for each in [row["ours"] for row in rows if row["id"] == "C5"]:
-            assert answers._measurement(each).count("(") >= each.count("; ")
+            assert answers.measured(each).count("(") >= each.count("; ")
 
 
 def test_a_network_of_one_seed_is_named_wherever_verdicts_are_told():

@@ -90,6 +90,15 @@ def test_a_line_beside_the_others_does_not_squeeze_them():
     assert said[:3] == ["ours", "random", "far\n(leaves the panel)"]
 
 
+def test_no_line_leaves_a_panel_that_is_made_for_all():
+    # the mean of three 0.1 is not 0.1
+    rows = [("one", seed, 1, 0.1, 90.0 + seed) for seed in range(3)]
+    table = pd.DataFrame(rows, columns=["recipe", "seed", "knob", "density", "test_accuracy"])
+    assert table["density"].mean() > table["density"].max()
+    figure = figures.curves(table.assign(dataset="d", model="m"), "density", "test_accuracy")
+    assert figure.legends[0].get_texts()[0].get_text() == "one"
+
+
 def test_a_zero_has_no_sign():
     (axis,) = figures.matrix(pd.DataFrame([[-0.001]]), "title").axes
     assert [text.get_text() for text in axis.texts] == ["0.00"]
