@@ -10,8 +10,8 @@ From bottom to top; each module uses only those above it in this list:
   what holds
 - ``results``, ``sweep``: files that are written, ``Study``
 - ``probes``, ``drift``, ``lessons``, ``peers``: what notebooks compute or read besides
-- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
-  notebooks show, how it is called and how it looks
+- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``,
+  ``sentences``, ``progress``: what notebooks show, how it is called and how it looks
 - ``publish``, ``report``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, one HTML file,
   the command line
 """
