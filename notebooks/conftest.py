@@ -3,8 +3,13 @@
 Tables are shown as HTML; their numbers are compared, with tolerances, by ``tests/regression``.
 """
 
+import os
+
+from study.paths import QUIET
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SKIPPED = ("image/png", "text/html", "stderr", WIDGET)
+os.environ[QUIET] = "1"  # the kernels inherit it
 
 
 def pytest_collectstart(collector):

@@ -2,7 +2,7 @@
 
 From bottom to top; each module uses only those above it in this list:
 
-- ``paths``: where files are
+- ``paths``, ``progress``: where files are, how far a run has come
 - ``data``, ``networks``, ``training``, ``bases``, ``profiles``: images, networks, how they are
   trained, how much of it
 - ``digests``, ``records``, ``tables``: where a run is found again, and what tables say of many
@@ -10,8 +10,8 @@ From bottom to top; each module uses only those above it in this list:
   what holds
 - ``results``, ``sweep``: files that are written, ``Study``
 - ``probes``, ``drift``, ``lessons``, ``peers``: what notebooks compute or read besides
-- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``answers``: what
-  notebooks show, how it is called and how it looks
+- ``names``, ``palette``, ``figures``, ``pictures``, ``sketches``, ``sliders``, ``sentences``,
+  ``answers``: what notebooks show, how it is called and how it looks
 - ``publish``, ``report``, ``stamps``, ``verify``, ``__main__``: tables in Markdown, one HTML file,
   the command line
 """

@@ -6,9 +6,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from . import stamps
-from .profiles import folder_name
-
 if TYPE_CHECKING:
     from .sweep import Study
 
@@ -17,9 +14,21 @@ def main(words: list[str] | None = None) -> int:
     """Parse the command line and run one command.
 
     Gives zero if all went well; one for ``fresh`` where the notebook has to be run, and for
-    ``verify`` where a check failed; two for an error.
+    ``verify`` where a check failed; two for an error; 130 if it was interrupted.
     """
-    words = sys.argv[1:] if words is None else words
+    try:
+        return _run(sys.argv[1:] if words is None else words)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # imports take so long that they are where it often comes
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    from . import stamps
+    from .profiles import folder_name
+
     if words[:1] == ["lock"]:
         stamps.alone(words[1:])
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
@@ -33,25 +42,33 @@ def main(words: list[str] | None = None) -> int:
     command, notebook = chosen.pop("command"), chosen.pop("notebook")
     if os.environ.get("DATA_ROOT"):
         os.environ["DATA_ROOT"] = os.path.abspath(os.environ["DATA_ROOT"])
-    try:
-        if command in LIGHT:
-            place = {name: chosen[name] for name in ("profile", "seed", "per_class")}
-            return LIGHT[command](folder_name(**place), notebook, chosen) or 0
-        from .sweep import Study  # here: torch, pandas and the rest take seconds to import
+    if command in LIGHT:
+        place = {name: chosen[name] for name in ("profile", "seed", "per_class")}
+        return LIGHT[command](folder_name(**place), notebook, chosen) or 0
+    from .sweep import Study  # here: torch, pandas and the rest take seconds to import
 
-        return COMMANDS[command](Study(**chosen)) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return COMMANDS[command](Study(**chosen)) or 0
 
 
 def _fresh(folder: str, notebook: str, parameters: dict) -> int:
+    from . import stamps
+
     if not stamps.fresh(folder, notebook, parameters):
         return 1
     print(f"{notebook}: up to date", flush=True)
     return 0
+
+
+def _execute(folder: str, notebook: str, parameters: dict) -> int:
+    from . import stamps
+
+    return stamps.execute(folder, notebook, parameters)
+
+
+def _stamp(folder: str, notebook: str, parameters: dict) -> None:
+    from . import stamps
+
+    stamps.stamp(folder, notebook, parameters)
 
 
 def _bases(study: "Study") -> None:
@@ -82,7 +99,7 @@ def _verify(study: "Study") -> int:
 
 
 def _store_outputs(study: "Study") -> None:
-    from . import publish
+    from . import publish, stamps
 
     stamps.store_outputs()
     publish.write_claims(study.results)
@@ -90,6 +107,7 @@ def _store_outputs(study: "Study") -> None:
 
 
 def _report(study: "Study") -> None:
+    from . import stamps
     from .report import report
 
     target = study.results / "report.html"
@@ -97,7 +115,7 @@ def _report(study: "Study") -> None:
     print(target)
 
 
-LIGHT = {"fresh": _fresh, "execute": stamps.execute, "stamp": stamps.stamp}
+LIGHT = {"fresh": _fresh, "execute": _execute, "stamp": _stamp}
 """Asked before, for and after each notebook, so that they may import nothing that takes long."""
 COMMANDS = {
     "bases": _bases,

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SHOWN = {
-    "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "lessons",
-    "publish", "report", "stamps", "verify", "peers", "__main__",
+    "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "sentences",
+    "lessons", "progress", "publish", "report", "stamps", "verify", "peers", "__main__",
 }  # fmt: skip
 """Modules of ``study`` that no run of a recipe depends on: they show, or compute what is shown."""
 _LATER = {"type_params", "type_comment", "kind"}

@@ -56,6 +56,7 @@ def curves(
     base: str = "",
     log: bool = False,
     beside: Iterable[str] = (),
+    spread: str = "seeds",
 ) -> Figure:
     """Lines over a knob, a panel for each network, a band over seeds where there are several.
 
@@ -75,17 +76,20 @@ def curves(
     beside : iterable of str
         Lines that both axes are not made for, since they would squeeze the others; they may leave
         a panel, and the legend says so.
+    spread : str
+        What the column ``seed`` counts, where it is something else.
     """
     if base:
         table = table.assign(**{y: table[base] - table[y]})
         ylabel = ylabel or f"points of {y.replace('_', ' ')} lost"
         ylabel += f"\n{EVEN}"
+    beside = {*beside}
     methods = [*table[hue].unique()]  # of one look in all panels
     looks = dict(zip(methods, styles(map(str, methods)), strict=True))
     entries, leaving = {}, set()
     figure, panels = _by_network(table)
     for axis, part in panels:
-        inside = part[~part[hue].isin([*beside])]
+        inside = part[~part[hue].isin(beside)]
         inside = inside if len(inside) else part
         for name, line in part.groupby(hue, sort=False):
             look = looks[name]
@@ -94,7 +98,8 @@ def curves(
             (entries[name],) = axis.plot(
                 means[x]["mean"], means[y]["mean"], label=readable(str(name)), lw=1.6, **look
             )
-            if not means[x]["mean"].between(inside[x].min(), inside[x].max()).all():
+            ends = inside[x].min(), inside[x].max()
+            if name in beside and not means[x]["mean"].between(*ends).all():
                 leaving.add(name)
             if line["seed"].nunique() > 1:
                 axis.fill_between(
@@ -119,8 +124,8 @@ def curves(
         said = "uncompressed", "one point lost"
         handles, labels = handles + [references[label] for label in said], [*labels, *said]
     if table.groupby(["dataset", "model"])["seed"].nunique().max() > 1:
-        handles.append(Patch(fc=GREY, alpha=0.25, label="range over seeds"))
-        labels.append("range over seeds")
+        handles.append(Patch(fc=GREY, alpha=0.25))
+        labels.append(f"range over {spread}")
     figure.legend(handles, labels, loc="outside right upper")
     figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())  # the legend's
     return figure
@@ -179,11 +184,12 @@ def ladder(table: pd.DataFrame) -> Figure:
 def verdicts(claims: pd.DataFrame) -> Figure:
     """Claims × networks: how many readings of each hold, are open, and fail.
 
-    Of ``TITLES`` those are shown that ``claims`` (id, where, verdict; a row for each reading) has.
-    Each cell is parted by verdict, and empty where a network was not asked.
+    Of ``TITLES`` those are shown that ``claims`` (id, where, verdict, seeds; a row for each
+    reading) has. Each cell is parted by verdict, and empty where a network was not asked.
     """
     claims = claims[claims["id"].isin(TITLES)]
     claims = claims.assign(where=claims["where"].map(place))
+    several = {*claims.loc[claims["seeds"].map(len) > 1, "where"]}
     rows = [name for name in TITLES if name in set(claims["id"])]
     columns = [*claims["where"].unique()]
     figure, axis = plt.subplots(figsize=(1.5 * len(columns) + 3.8, 0.46 * len(rows) + 1.4))
@@ -199,7 +205,8 @@ def verdicts(claims: pd.DataFrame) -> Figure:
     titles = [textwrap.fill(f"{name}: {TITLES[name]}", 48) for name in rows]
     titles = [title.replace("<=", "≤") for title in titles]
     axis.set_yticks(range(len(rows)), titles, fontsize=9)
-    axis.set_xticks(np.arange(len(columns)) + 0.5, [c.replace(" on ", "\non ") for c in columns])
+    called = [c.replace(" on ", "\non ") + "\n(one seed)" * (c not in several) for c in columns]
+    axis.set_xticks(np.arange(len(columns)) + 0.5, called)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.set(xlim=(0, len(columns)), ylim=(len(rows) - 0.5, -0.5))
@@ -270,5 +277,6 @@ def smallest(best: pd.DataFrame) -> Figure:
 def _dot(axis: Axes, values: pd.Series, row: int, name: str, marker: str = "o") -> None:
     """The mean over seeds as a dot and their range as a line, in the colour of a method."""
     colour = style(name, 0)["color"]
+    colour = GREY if colour == BLACK else colour  # rows tell controls apart, and a legend has one
     axis.plot([values.min(), values.max()], [row, row], color=colour, lw=2, alpha=0.4)
     axis.plot(values.mean(), row, marker, color=colour)

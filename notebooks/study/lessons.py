@@ -1,6 +1,7 @@
 """What notebooks compute to show how something works; no run of a recipe depends on it."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from . import names
 from .bases import schedule
 from .data import split
 from .networks import build
-from .tables import points_lost
+from .tables import NETWORK, points_lost, smallest
 from .training import augment_crop_flip, fit
 
 TURNED = {
@@ -177,6 +178,29 @@ def _without(scores: dict[str, Tensor], order: str, share: float) -> dict[str, T
     kept[candidates[turns[: round(share * len(candidates))]]] = False
     parts = kept.split([score.numel() for score in scores.values()])
     return {n: p.reshape(s.shape) for p, (n, s) in zip(parts, scores.items(), strict=True)}
+
+
+def same_bytes(table: pd.DataFrame, ours: str, others: Iterable[str]) -> pd.DataFrame:
+    """What recipes are worth in files no larger than one of them needs.
+
+    For each network and seed, ``ours`` sets the size by its smallest file within one point of
+    validation accuracy (its most accurate one, if none is). Of each other recipe of ``table``, of
+    ``Study.sweep``, stands the file no larger than that which is most accurate on validation; or
+    its smallest, if none is so small. Its rows, ours first, with a column ``room``: the bytes that
+    there were.
+    """
+    rows = []
+    for _, part in table.groupby([*NETWORK, "seed"], sort=False):
+        floor, mine = part["base_val_accuracy"] - 1, part["recipe"] == ours
+        best = smallest(part[mine], (part["val_accuracy"] >= floor)[mine])
+        room = best["file_bytes"].item()
+        rows.append(best.assign(room=room))
+        for name in others:
+            files = part[part["recipe"] == name]
+            fit = files[files["file_bytes"] <= room].nlargest(1, "val_accuracy")
+            found = fit if len(fit) else files.nsmallest(1, "file_bytes")
+            rows.append(found.assign(room=room))
+    return pd.concat(rows, ignore_index=True)
 
 
 def settings(folder: Path) -> pd.DataFrame:

@@ -68,6 +68,8 @@ def panels(count: int, height: float = 3.4, width: float = 4.6) -> tuple[Figure,
     columns = -(-count // rows)
     size = width * columns, height * rows
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    if rows > 1:  # else labels of the upper row would touch the titles of the lower one
+        figure.get_layout_engine().set(h_pad=0.15)
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat[:count])

@@ -8,6 +8,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("CACHE_ROOT", ROOT / ".cache"))
 LEDGER = "STUDY_LEDGER"
 """Environment variable: a file in which each path that is written is noted, a line each."""
+QUIET = "STUDY_QUIET"
+"""Environment variable: where it is set no progress is shown."""
 STANDARD = "nncodec"
 """The standard coder's table, and what all its settings together are called: its best files."""
 

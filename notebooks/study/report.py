@@ -24,13 +24,13 @@ h1, h2, h3 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 a { color: var(--link); }
 nav { background: var(--soft); padding: 0.5rem 1rem; }
-nav ol { columns: 18rem; margin: 0.5rem 0; }
+nav ol { columns: 18rem; column-gap: 2.5rem; margin: 0.5rem 0; }
 figure { margin: 1rem 0; }
 img { background: #fff; display: block; height: auto; max-width: 100%; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.8rem; overflow-wrap: normal; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right;
-  vertical-align: top; }
+table { border: 0; border-collapse: collapse; font-size: 0.8rem; overflow-wrap: normal; }
+th, td { border: 0; border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem;
+  text-align: right; vertical-align: top; }
 summary { cursor: pointer; margin: 1rem 0; }
 pre { white-space: pre-wrap; }
 code { background: var(--soft); }
@@ -39,13 +39,18 @@ code { background: var(--soft); }
   :root { --ink: #000; --paper: #fff; --line: #999; --soft: #fff; --link: #000; }
   body { font-size: 9.5pt; max-width: none; padding: 0; }
   .wide { overflow: visible; }
-  table { font-size: 6.5pt; width: 100%; overflow-wrap: anywhere; }
+  table { font-size: 6.5pt; width: 100%; overflow-wrap: break-word; }
+  table:has(tr > :nth-child(14)) { overflow-wrap: anywhere; }
   th, td { padding: 1px 3px; }
   tr, figure { break-inside: avoid; }
-  h2, h3, summary { break-after: avoid; }
+  h2, h3, summary, p:has(+ figure), p:has(+ .wide), p:has(+ details) { break-after: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 """
-"""Light, dark and print; tables alone may be wider than a screen, and are then moved sideways."""
+"""Light, dark and print; tables alone may be wider than a screen, and are then moved sideways.
+
+On paper nothing moves: there words are broken, but only in tables of so many columns that whole
+ones would not fit.
+"""
 
 
 def report(executed: Path, target: Path) -> None:

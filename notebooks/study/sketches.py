@@ -168,9 +168,9 @@ def snapping(row: Tensor, step: float, snapped: dict[float, Tensor]) -> Figure:
 
 
 def tier_map(weight: Tensor, scores: Tensor, bits: Tensor, title: str) -> Figure:
-    """Eight units and eight channels of a filter bank: weights, relevance, bits of each weight.
+    """Eight units and eight channels of a filter bank: weights, their scores and their bits.
 
-    All are [units, channels, height, width].
+    All are [units, channels, height, width]; scores are magnitudes of contrastive relevance.
     """
     figure, axes = panels(3, height=3.9, width=3.6)
     colours = ListedColormap(list(BITS.values()))
@@ -179,7 +179,7 @@ def tier_map(weight: Tensor, scores: Tensor, bits: Tensor, title: str) -> Figure
         limit = float(values[:8, :8].abs().quantile(0.98)) or 1.0
         axis.imshow(_tiled(values), cmap=SIGNED, vmin=-limit, vmax=limit)
     axes[2].imshow(_tiled(bits.float()), cmap=colours, norm=norm, interpolation="none")
-    for axis, said in zip(axes, ("weights", "relevance", "bits"), strict=True):
+    for axis, said in zip(axes, ("weights", "|contrastive relevance|", "bits"), strict=True):
         axis.set(title=said, xlabel="input channels")
     axes[0].set_ylabel("units")
     bare(np.array(axes))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import digests, paths
-from .paths import LEDGER, ROOT, STANDARD
+from .paths import LEDGER, QUIET, ROOT, STANDARD
 
 FOLDER = ROOT / "notebooks"
 LAST = "09-paper"  # reads what the others wrote
@@ -68,6 +68,7 @@ def execute(folder: str, name: str, parameters: dict) -> int:
 
     target = paths.CACHE / folder / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
+    os.environ[QUIET] = "1"
     try:
         execute_notebook(
             FOLDER / f"{name}.ipynb",
@@ -119,7 +120,7 @@ def store_outputs() -> None:
             raise ValueError(f"{path.name} was edited since it was run: make reproduce")
         code = [(cell, done) for cell, done in pairs if cell.cell_type == "code"]
         for count, (cell, done) in enumerate(code, 1):
-            cell.outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # progress bars
+            cell.outputs = [o for o in done.outputs if o.get("name") != "stderr"]  # warnings
             cell.execution_count = count
             for output in cell.outputs:
                 output.get("data", {}).pop(VIEW, None)  # the picture beside it stays

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lib import Compressed, Recipe
 from lib.compress import encode, prepare, remove
@@ -22,6 +21,7 @@ from .bases import base, checkpoint, is_trained
 from .data import sample, split
 from .jobs import Job
 from .profiles import PROFILES, Case, cases, folder_name
+from .progress import bar
 from .records import STORES, address, base_address, provenance, read_json, write, write_json
 from .results import Results
 
@@ -173,7 +173,8 @@ class Study(Results):
             if case not in networks:
                 networks[case] = pickle.dumps(self.base(case))
         finished = jobs.done(asked, networks)
-        for place, results in tqdm(finished, total=len(asked), desc="recipes", disable=not asked):
+        shown = {"total": len(asked), "desc": "recipes", "leave": False, "disable": not asked}
+        for place, results in bar(finished, **shown):
             for path, (record, content) in zip(paths[place], results, strict=True):
                 write(self._file(path), content)
                 write_json(path, record)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-from tqdm import tqdm
 
 from lib.files import write_bytes
 from lib.finetune import batches
+
+from .progress import bar
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """(images, generator) -> images, applied to each batch."""
@@ -150,7 +151,8 @@ def fit(
         for name, part in kept.items():
             part.load_state_dict(state[name])
 
-    bar = tqdm(total=epochs * steps, initial=first * steps, desc=progress, disable=progress is None)
+    shown = {"total": epochs * steps, "initial": first * steps, "desc": progress}
+    watched = bar(**shown, disable=progress is None)
     passes.epoch = first
     for epoch in range(first, epochs):
         for batch, wanted in passes:
@@ -163,7 +165,7 @@ def fit(
             schedule.step()
             if mean is not None:
                 mean.update_parameters(model)
-            bar.update()
+            watched.update()
         if after is not None:
             after(epoch + 1)
         if checkpoint is not None:
@@ -171,7 +173,7 @@ def fit(
             states = {name: part.state_dict() for name, part in kept.items()}
             torch.save(states | {"epoch": epoch + 1}, state := BytesIO())
             write_bytes(checkpoint, state.getvalue())
-    bar.close()
+    watched.close()
     if mean is not None:
         update_bn((b.contiguous(memory_format=torch.channels_last) for b, _ in passes), mean)
         model.load_state_dict(mean.module.state_dict())

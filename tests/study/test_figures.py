@@ -73,6 +73,8 @@ def test_a_method_has_one_look_in_all_panels_and_each_has_an_entry_in_the_legend
     assert len(looks) == 3
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert said == ["random", "ours", "third", "range over seeds"]
+    figure = figures.curves(table, "file_bytes", "test_accuracy", spread="draws")
+    assert figure.legends[0].get_texts()[-1].get_text() == "range over draws"
 
 
 def test_a_line_beside_the_others_does_not_squeeze_them():
@@ -86,6 +88,15 @@ def test_a_line_beside_the_others_does_not_squeeze_them():
     assert 900 < low < 1100 and 2210 < high < 2500
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert said[:3] == ["ours", "random", "far\n(leaves the panel)"]
+
+
+def test_no_line_leaves_a_panel_that_is_made_for_all():
+    # the mean of three 0.1 is not 0.1
+    rows = [("one", seed, 1, 0.1, 90.0 + seed) for seed in range(3)]
+    table = pd.DataFrame(rows, columns=["recipe", "seed", "knob", "density", "test_accuracy"])
+    assert table["density"].mean() > table["density"].max()
+    figure = figures.curves(table.assign(dataset="d", model="m"), "density", "test_accuracy")
+    assert figure.legends[0].get_texts()[0].get_text() == "one"
 
 
 def test_a_zero_has_no_sign():
@@ -180,7 +191,8 @@ def test_lines_of_a_figure_share_no_marker_and_methods_no_colour():
 def test_a_cell_of_the_matrix_counts_the_readings_of_one_claim_about_one_network():
     said = [("C1", "digits-lenet5", "holds")] * 3 + [("C1", "digits-lenet5", "fails"),
             ("C1", "mnist-lenet5-s0", "open"), ("Q1", "mnist-lenet5", "holds")]  # fmt: skip
-    figure = figures.verdicts(pd.DataFrame(said, columns=["id", "where", "verdict"]))
+    claims = pd.DataFrame(said, columns=["id", "where", "verdict"])
+    figure = figures.verdicts(claims.assign(seeds=[[0, 1, 2]] * 4 + [[0]] * 2))
     (axis,) = figure.axes
     bars = [bar for group in axis.containers for bar in group]
     bars, texts = (
@@ -192,7 +204,7 @@ def test_a_cell_of_the_matrix_counts_the_readings_of_one_claim_about_one_network
     expected = [to_rgb(figures.VERDICTS[verdict]) for verdict in ("holds", "fails", "open")]
     assert [bar.get_facecolor()[:3] for bar in bars] == expected
     labels = [label.get_text() for label in axis.get_xticklabels()]
-    assert labels == ["LeNet-5\non digits", "LeNet-5\non MNIST"]
+    assert labels == ["LeNet-5\non digits", "LeNet-5\non MNIST\n(one seed)"]
 
 
 def test_a_table_sets_texts_left_and_bytes_whole_and_lets_no_markup_in():
@@ -234,7 +246,8 @@ def test_the_answer_of_the_last_notebook_counts_and_names_what_is_unanimous():
     said = [("C1", "a-lenet5", "holds"), ("C1", "a-lenet5", "holds"), ("C2", "a-lenet5", "fails"),
             ("C3", "a-lenet5", "holds"), ("C3", "a-lenet5", "open"),
             ("Q1", "x", "fails")]  # fmt: skip
-    rows = [dict(zip(("id", "where", "verdict"), row, strict=True)) for row in said]
+    rows = [dict(zip(("id", "where", "verdict"), row, strict=True)) | {"seeds": [0, 1]}
+            for row in said]  # fmt: skip
     text = answers.whole(rows).text
     assert "Of 6 readings of claims 3 hold, 1 are open and 2 fail" in text
     assert "hold in every reading: C1 on LeNet-5 on a; " in text

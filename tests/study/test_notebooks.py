@@ -112,6 +112,25 @@ def test_command_line_says_what_is_known_and_fails():
     assert done.returncode == 2 and "unknown profile 'fast'; known: quick, paper" in done.stderr
 
 
+INTERRUPTED = """
+import builtins, sys
+from study import __main__
+plain = builtins.__import__
+def interrupted(name, *arguments):
+    if name == "torch":
+        raise KeyboardInterrupt
+    return plain(name, *arguments)
+builtins.__import__ = interrupted
+sys.exit(__main__.main(["bases"]))
+"""
+
+
+def test_an_interrupt_while_modules_are_read_says_nothing():
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 LIGHT = """
 import sys
 from study import __main__
