@@ -17,7 +17,7 @@ NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines test-survival test-hostile types lab verify report bench peers notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines spread test-survival test-hostile types lab verify report bench peers notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -89,6 +89,9 @@ mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign check
 
 test-machines: env  ## tests that differ between machines, on other processors and places; TIMES=5
 	$(VENV)/bin/python tests/machines.py $(NAMES)
+
+spread: env  ## measure numbers out of training on other processors anew: tests/spread.csv
+	$(VENV)/bin/python tests/machines.py --spread
 
 test-survival: env  ## kill `make reproduce` at 20 random moments and start it again; KILLS=20
 	$(VENV)/bin/python tests/survival.py

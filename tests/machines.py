@@ -3,7 +3,8 @@
 A number out of training differs between processors. So the tests that hold such numbers run under
 each variant of what a machine may be; those that read and write files run in other places. A name
 is part of a variant's. ``MACHINES_TESTS`` (paths, separated by spaces) replaces the tests, and
-``TIMES`` is how often in a row each variant has to pass.
+``TIMES`` is how often in a row each variant has to pass. With ``--spread`` only the tests that
+measure numbers out of training run, and their ranges are written to ``spread.csv``.
 """
 
 import os
@@ -18,14 +19,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import spread
 from mutants.run import ROOT, tree
+from torch.backends import cpu
 
 NUMBERS = (
-    "test_compress.py", "test_finetune.py", "test_onnx.py", "test_prune.py", "test_quantizers.py",
-    "test_recipe.py", "test_repair.py", "test_score.py", "test_sequential.py", "test_trained.py",
-    "test_users_files.py", "test_users_models.py", "study/test_cluster.py", "study/test_peers.py",
-    "study/test_probes.py", "study/test_protocol.py", "study/test_survival.py",
-    "study/test_sweep.py", "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
+    "test_compress.py", "test_compress_errors.py", "test_finetune.py", "test_onnx.py",
+    "test_prune.py", "test_quantizers.py", "test_recipe.py", "test_repair.py", "test_score.py",
+    "test_sequential.py", "test_trained.py", "test_users_files.py", "test_users_models.py",
+    "study/test_cluster.py", "study/test_peers.py", "study/test_probes.py",
+    "study/test_protocol.py", "study/test_survival.py", "study/test_sweep.py",
+    "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
 )  # fmt: skip
 PLACES = (
     "test_codec.py", "test_cli.py", "test_finetune.py", "study/test_data.py",
@@ -129,6 +133,15 @@ def no_network(variant: Variant, stack: ExitStack) -> None:
     variant.prefix = namespaces("--net" if not os.geteuid() else "--net --map-root-user", loopback)
 
 
+def has(instructions: str) -> Callable[[Variant, ExitStack], None]:
+    def around(variant: Variant, stack: ExitStack) -> None:
+        best = cpu.get_cpu_capability()  # AVX512 comes with AVX2
+        if instructions not in ("", best) and (best, instructions) != ("AVX512", "AVX2"):
+            raise NotRunError(f"this processor has no {instructions} (but {best})")
+
+    return around
+
+
 def other_python(version: str) -> Callable[[Variant, ExitStack], None]:
     def around(variant: Variant, stack: ExitStack) -> None:
         pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}*/bin/python"))
@@ -153,16 +166,23 @@ def other_python(version: str) -> Callable[[Variant, ExitStack], None]:
 PROCESSOR = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": None, "ONEDNN_MAX_CPU_ISA": None}
 
 
+def processors() -> Iterator[Variant]:
+    """Processors and threads that this machine can be like; a number may differ under each."""
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    yield Variant(f"{python}, OMP_NUM_THREADS=1", environment=PROCESSOR)
+    yield Variant("OMP_NUM_THREADS=2", environment=PROCESSOR | {"OMP_NUM_THREADS": "2"})
+    for name, value, needed in (
+        ("ATEN_CPU_CAPABILITY", "default", ""),
+        ("ATEN_CPU_CAPABILITY", "avx2", "AVX2"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "AVX2"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE", "AVX512"),
+    ):
+        yield Variant(f"{name}={value}", environment=PROCESSOR | {name: value}, around=has(needed))
+
+
 def variants() -> Iterator[Variant]:
     """All that are tried, those first that found most."""
-    yield Variant("as it is, OMP_NUM_THREADS=1", environment=PROCESSOR)
-    yield Variant("OMP_NUM_THREADS=2", environment=PROCESSOR | {"OMP_NUM_THREADS": "2"})
-    for name, values in (
-        ("ATEN_CPU_CAPABILITY", ("default", "avx2")),
-        ("ONEDNN_MAX_CPU_ISA", ("AVX2", "AVX512_CORE")),
-    ):
-        for value in values:
-            yield Variant(f"{name}={value}", environment=PROCESSOR | {name: value})
+    yield from processors()
     yield Variant("four busy processes beside it", environment=PROCESSOR, around=busy)
     clock = {"TZ": "Pacific/Auckland", "LC_ALL": "C", "LANG": None}
     yield Variant("another time zone and locale", PLACES, clock)
@@ -194,8 +214,6 @@ def repeated(variant: Variant, times: int) -> tuple[str, str]:
 
 def outcome(variant: Variant) -> tuple[str, str]:
     """``passed``, ``FAILED`` or ``not run``; and counts, the checks that failed, or why not."""
-    given = os.environ.get("MACHINES_TESTS", "").split()
-    tests = given or [f"tests/{name}" for name in variant.tests]
     try:
         with prepared(variant):
             paths = [str(variant.folder), str(variant.folder / "notebooks")]
@@ -204,8 +222,8 @@ def outcome(variant: Variant) -> tuple[str, str]:
             told = {n: v for n, v in (told | variant.environment).items() if v is not None}
             command = [*variant.prefix, variant.python, "-m", "pytest", "--tb=short"]
             done = subprocess.run(
-                [*command, *(str(variant.folder / test) for test in tests)], cwd=variant.start,
-                env=told, capture_output=True, text=True, timeout=LIMIT,
+                [*command, *(str(variant.folder / "tests" / test) for test in variant.tests)],
+                cwd=variant.start, env=told, capture_output=True, text=True, timeout=LIMIT,
             )  # fmt: skip
     except NotRunError as why:
         return "not run", str(why)
@@ -222,7 +240,30 @@ def outcome(variant: Variant) -> tuple[str, str]:
 
 def main(names: list[str]) -> int:
     """Print the table; one if any variant failed, or none was run."""
+    asked = os.environ.get("MACHINES_TESTS", "").split()
+    given = tuple(path.removeprefix("tests/") for path in asked)
+    if names == ["--spread"]:
+        return measure(given)
     asked = [v for v in variants() if not names or any(name in v.name for name in names)]
+    return run([replace(v, tests=given or v.tests) for v in asked])
+
+
+def measure(given: tuple[str, ...]) -> int:
+    """Run the tests that measure numbers, all or those of some files, and write their ranges."""
+    tests = sorted({test for test, _ in spread.calls()})
+    tests = tuple(test for test in tests if test.startswith(given or ""))
+    with tempfile.TemporaryDirectory() as folder:
+        asked = [
+            replace(v, tests=tests, environment=v.environment | {"SPREAD_LOG": f"{folder}/{i}"})
+            for i, v in enumerate(processors())
+        ]
+        failed = run(asked)
+        spread.write(sorted(Path(folder).iterdir()), keep=bool(given))
+    return failed
+
+
+def run(asked: list[Variant]) -> int:
+    """Try variants one after the other, and print how each went."""
     counts = {"passed": 0, "FAILED": 0, "not run": 0}
     for variant in asked:
         start = time.monotonic()

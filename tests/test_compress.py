@@ -1,25 +1,26 @@
 """The pipeline: from a network and a recipe to a file, and the search for a budget."""
 
 import copy
+import math
 import sys
 import warnings
-from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
+from spread import assert_above, assert_below
 from torch import nn
 
+from lib import advice, repair, search
 from lib import masks as masking
-from lib import repair
-from lib.codec import Compressed, CompressedFileError
+from lib.codec import Compressed
 from lib.compress import compress, encode, prepare, remove
 from lib.finetune import evaluate
 from lib.fold import fold_batchnorm
 from lib.prune import KeepTop, NonPositive
 from lib.quantize import RateDistortion, Sequential, Tiers, Uniform
 from lib.recipe import RECIPES, Recipe, Repair
-from lib.relevance import UnsupportedLayerError, scored_weights, weight_relevance
+from lib.relevance import scored_weights, weight_relevance
 from study.networks import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:compression took:UserWarning")
@@ -48,7 +49,8 @@ def test_every_recipe_makes_a_file_that_loads_to_what_was_made(
     compressed = compress(trained, *references, recipe, train=digits)
     size = compressed.save(tmp_path / "file")
     assert size == (tmp_path / "file").stat().st_size == compressed.nbytes
-    assert size < 0.4 * sum(4 * value.numel() for value in before.values())
+    floats = sum(4 * value.numel() for value in before.values())
+    assert_below(size / floats, 0.4, f"file over floats, {name}")
     loaded = Compressed.load(tmp_path / "file").to_model(trained)
     assert loaded.state_dict().keys() == before.keys()
     made = compressed.to_model(trained).state_dict()
@@ -63,7 +65,11 @@ def test_removed_weights_are_zero_from_the_mask_to_the_file(name, trained, digit
     removed = remove(trained, *references, recipe, digits)
     decoded = encode(prepare(removed, *references, recipe), recipe).state_dict()
     assert list(removed.masks) == list(scored_weights(trained))
-    assert (masking.density(removed.masks) < 0.9) == (recipe.remove is not None)
+    density = masking.density(removed.masks)
+    if recipe.remove is None:
+        assert density == 1
+    else:
+        assert_below(density, 0.9, f"density after {name}")
     for name, mask in removed.masks.items():
         assert (removed.network.get_parameter(name)[~mask] == 0).all()
         assert (decoded[name][~mask] == 0).all()
@@ -74,7 +80,8 @@ def test_eight_bits_without_pruning_keep_function_and_architecture(trained, refe
     loaded = compress(trained, *references, recipe).to_model(trained).eval()
     assert any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
     expected, found = trained(references[0]), loaded(references[0])
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert_below(error.item(), 0.05, "largest error of a logit over the largest logit")
     fresh = build("resnet8", seed=9).eval()
     again = compress(trained, *references, recipe).to_model(fresh)
     assert torch.equal(again(references[0]), found)
@@ -104,9 +111,11 @@ def test_refitted_networks_put_out_what_the_dense_one_does(rounds, trained, refe
     images, dense = references[0], fold_batchnorm(trained)
     removed = remove(trained, *references, recipe)
     error = missing(removed.network, dense, images)
-    assert error < 0.05 * missing(masking.apply(dense, removed.masks), dense, images)
+    harm = missing(masking.apply(dense, removed.masks), dense, images)
+    assert_below(error / harm, 0.05, f"error left of pruning's, rounds: {rounds}")
     again = repair.refit(dense, removed.network, removed.masks, images)
-    assert missing(again, dense, images) == pytest.approx(error, rel=0.1)
+    change = missing(again, dense, images) / error - 1
+    assert_below(abs(change), 0.1, f"change of the error by another refit, rounds: {rounds}")
 
 
 def test_fine_tuning_trains_what_was_kept_and_nothing_else(trained, digits, references):
@@ -134,9 +143,13 @@ def test_the_default_is_the_best_recipe_without_training(trained, references):
 
 
 def test_a_ruined_network_is_warned_of(trained, references):
-    with pytest.warns(UserWarning, match="took the accuracy .* from 8.* to .*gentler") as seen:
-        compress(trained, *references, "lrp-paper")
+    before = evaluate(trained, *references)
+    told = f"took the accuracy .* from {before:.1f} to .*gentler"
+    with pytest.warns(UserWarning, match=told) as seen:
+        file = compress(trained, *references, "lrp-paper")
     assert seen[0].filename == __file__
+    lost = before - evaluate(file.to_model(trained), *references)
+    assert_above(lost, advice.FAR, "points that the literal rule loses")
 
 
 def test_a_model_near_chance_is_warned_of(references):
@@ -148,20 +161,37 @@ def test_a_model_near_chance_is_warned_of(references):
 def test_a_sound_result_is_silent(trained, references):
     images, labels = references
     one_class = images[labels == 3], labels[labels == 3]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compress(trained, images, labels, Recipe(store=RateDistortion(price=1e-3)))
-        compress(trained, images, labels, "uniform")
-        compress(trained, *one_class, Recipe(store=Uniform(8)))  # chance is all there is
+    for data, store in (
+        (references, RateDistortion(price=1e-3)),
+        (references, Uniform()),
+        (one_class, Uniform(8)),  # chance is all there is
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            file = compress(trained, *data, Recipe(store=store))
+        lost = evaluate(trained, *data) - evaluate(file.to_model(trained), *data)
+        kind = f"{type(store).__name__}, {len(data[1])} images"
+        assert_below(lost, advice.FAR, f"points that a sound file loses, {kind}")
 
 
-@pytest.mark.parametrize(
-    ("name", "least"),
-    # Only the knob of the first has no steps.
-    [("lrp-rd", 0.93), ("lrp-gradual", 0.75), ("deeplift-baseline", 0.75), ("uniform", 0.75)],
-)
+@pytest.fixture
+def made(monkeypatch):
+    """Knob and file of all that is encoded, in turn."""
+    module, files = sys.modules["lib.compress"], []
+    whole = module.encode
+
+    def noted(prepared, recipe):
+        files.append((recipe.store.value, whole(prepared, recipe)))
+        return files[-1][1]
+
+    monkeypatch.setattr(module, "encode", noted)
+    return files
+
+
+@pytest.mark.parametrize("name", ["lrp-rd", "lrp-gradual", "deeplift-baseline", "uniform"])
 @pytest.mark.parametrize("budget", [{"bits": 4.5}, {"bits": 3}, {"ratio": 9}])
-def test_budgets_hold_for_the_real_file(name, least, budget, trained, references, tmp_path):
+def test_budgets_hold_for_the_real_file(name, budget, made, trained, references, tmp_path):
+    """And leave a tenth of it only where the next setting of the knob needs more."""
     recipe = RECIPES[name]
     if recipe.remove:
         recipe = replace(recipe, remove=replace(recipe.remove, rounds=1))
@@ -169,25 +199,26 @@ def test_budgets_hold_for_the_real_file(name, least, budget, trained, references
     weights = sum(p.numel() for p in trained.parameters() if p.ndim > 1)
     floats = sum(4 * value.numel() for value in trained.state_dict().values())
     most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
-    assert least * most < size <= most
+    assert size <= most
+    if size < (1 - search.FAR) * most:
+        settings = recipe.store.settings
+        found = min(settings.index(value) for value, file in made if file.nbytes == size)
+        finer = recipe.at(settings[found - 1])
+        assert compress(trained, *references, finer).nbytes > most
 
 
-def test_a_budget_of_bytes_takes_at_most_three_files(trained, references, monkeypatch):
-    model = trained
-    module, made = sys.modules["lib.compress"], []
-    whole = module.encode
-
-    def counted(*arguments):
-        made.append(whole(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(module, "encode", counted)
-    floats = sum(4 * value.numel() for value in model.state_dict().values())
+def test_a_budget_of_bytes_takes_at_most_three_files(made, trained, references):
+    """But where they leave more than a tenth of it, which they hardly do."""
+    floats = sum(4 * value.numel() for value in trained.state_dict().values())
+    shares = []
     for ratio in (4, 8, 16, 32):
         made.clear()
-        size = compress(model, *references, ratio=ratio).nbytes
-        assert 0.9 * floats / ratio < size <= floats / ratio
-        assert len(made) <= 3
+        assert compress(trained, *references, ratio=ratio).nbytes <= floats / ratio
+        used = [file.nbytes * ratio / floats for _, file in made[: search.FILES]]
+        shares.append(max((share for share in used if share <= 1), default=0))
+        assert len(made) <= search.FILES or shares[-1] <= math.exp(-search.FAR)
+    mean = sum(shares) / len(shares)
+    assert_above(mean, 1 - search.FAR, "share of a budget that three files use, mean of four")
 
 
 def test_max_drop_is_met_on_the_validation_split(trained, references, validation):
@@ -199,7 +230,8 @@ def test_max_drop_is_met_on_the_validation_split(trained, references, validation
     assert evaluate(small.to_model(trained), *validation) >= base - 5.0
     assert evaluate(exact.to_model(trained), *validation) >= base - 0.5
     assert evaluate(none.to_model(trained), *validation) >= base
-    assert small.nbytes < exact.nbytes <= none.nbytes
+    assert_below(small.nbytes / exact.nbytes, 1, "file that may lose 5 points over half a point")
+    assert exact.nbytes <= none.nbytes
 
 
 def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, references, validation):
@@ -208,63 +240,12 @@ def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, referen
     found = compress(trained, *references, recipe, val=validation, max_drop=2.0)
     smallest = compress(trained, *references, recipe)
     base = evaluate(trained, *validation)
-    assert evaluate(smallest.to_model(trained), *validation) < base - 2.0
+    lost = base - evaluate(smallest.to_model(trained), *validation)
+    assert_above(lost, 2.0, "points that the smallest file loses")
     assert evaluate(found.to_model(trained), *validation) >= base - 2.0
     wrong = images, (labels + 1) % 10  # on these there is hardly anything to lose
     other = compress(trained, *references, recipe, val=wrong, max_drop=50.0)
     assert other.nbytes == smallest.nbytes < found.nbytes
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"recipe": "lrp"}, "unknown recipe 'lrp'; known: .*lrp-paper"),
-        ({"recipe": "lrp-paper-finetuned"}, "trains: give it train="),
-        ({"bits": 3, "ratio": 9}, "one budget, not bits and ratio"),
-        ({"bits": 0}, "bits must be a positive number"),
-        ({"bits": float("nan")}, "bits must be a positive number"),
-        ({"ratio": -1}, "ratio must be a positive number"),
-        ({"ratio": float("inf")}, "ratio must be a positive number"),
-        ({"ratio": "8"}, "ratio must be a number, not '8'"),
-        ({"bits": True}, "bits must be a number, not True"),
-        (
-            {"train": (torch.zeros(2), torch.zeros(2), torch.zeros(2))},
-            "train must be .*not 3 parts",
-        ),
-        ({"max_drop": 1.0}, "give val="),
-        ({"max_drop": -1.0}, "max_drop must be a positive number"),
-        ({"recipe": "lrp-rd", "ratio": 1e6}, "ratio=1e.06 cannot be met.*smallest file has"),
-        ({"recipe": "uniform", "bits": 0.1}, "bits=0.1 cannot be met.*smallest file has"),
-    ],
-)
-def test_unusable_arguments_name_the_way_out(arguments, message, trained, references):
-    with pytest.raises(ValueError, match=message):
-        compress(trained, *references, **arguments)
-
-
-def test_unusable_images_labels_and_models(trained, references):
-    images, labels = references
-    for bad_images, bad_labels, message in [
-        (images, labels + 5, "label"),
-        (images * torch.nan, labels, "NaN|finite"),
-        (images[:0], labels[:0], "empty|no "),
-    ]:
-        for recipe in ("lrp-sequential", "lrp-root-rd", "lrp-paper"):
-            with pytest.raises(ValueError, match=message):
-                compress(trained, bad_images, bad_labels, recipe)
-    with pytest.raises(ValueError, match="the model has no linear, convolution"):
-        compress(nn.Sequential(nn.Flatten(), nn.ReLU()), images, labels)
-    with pytest.raises(UnsupportedLayerError, match="odd"):
-        first, last = nn.Conv2d(1, 1, 1), nn.Linear(196, 10)
-        odd = nn.FractionalMaxPool2d(2, output_size=14)
-        layers = {"first": first, "odd": odd, "flat": nn.Flatten(), "last": last}
-        compress(nn.Sequential(OrderedDict(layers)), images, labels)
-
-
-def test_file_of_another_architecture_is_refused(trained, references):
-    compressed = compress(trained, *references, "uniform")
-    with pytest.raises(CompressedFileError, match="architecture"):
-        compressed.to_model(build("lenet5"))
 
 
 @pytest.mark.filterwarnings("ignore:the model itself")

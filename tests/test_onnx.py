@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from spread import assert_above, assert_below
 from torch import nn
 
 from lib.codec import Compressed
@@ -97,7 +98,8 @@ def test_float_file_computes_the_decoded_model(name, trained, references, unseen
     decoded = compressed.to_model(architecture).eval()
     with torch.no_grad():
         for images in (unseen[0][:1], unseen[0][:100]):  # the first axis is free
-            assert (run_onnx(path, images) - decoded(images)).abs().max() < 1e-4
+            error = (run_onnx(path, images) - decoded(images)).abs().max()
+            assert_below(error, 1e-4, f"largest error of a logit, {name}, images: {len(images)}")
     operations, arrays = graph(path)
     assert "BatchNormalization" not in operations
     folded = fold_batchnorm(decoded).state_dict()
@@ -120,10 +122,11 @@ def test_int8_file_is_as_accurate_as_the_decoded_model(
     ]
     images, labels = unseen
     decoded = evaluate(compressed.to_model(architecture), images, labels)
-    assert decoded > 90
+    kind = quantizer.__name__
+    assert_above(decoded, 90, f"accuracy of the decoded model, {kind}")
     accuracy = 100 * (run_onnx(files[1], images).argmax(1) == labels).double().mean()
-    assert abs(accuracy - decoded) <= 0.5
-    assert sizes[1] < 0.5 * sizes[0]
+    assert_below(abs(accuracy - decoded), 0.5, f"points between the two, {kind}")
+    assert_below(sizes[1] / sizes[0], 0.5, f"int8 file over the float one, {kind}")
     operations, arrays = graph(files[1])
     assert operations.count("QuantizeLinear") >= 5
     assert operations.count("DequantizeLinear") >= 9

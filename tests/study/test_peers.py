@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from spread import assert_above, assert_below
 from torch import nn
 
 from bench.peers import deep_compression, gptq, grid, run
@@ -81,8 +82,8 @@ def test_a_coder_that_ends_or_forgets_tensors_is_named(fake, network):
 
 
 def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch):
-    steps = (0.01, 0.02, 0.1, 0.3, 1.0)
-    monkeypatch.setitem(grid.GRIDS, "fake", lambda model: [[{"step": s} for s in steps]])
+    steps = (0.002, 0.02, 0.1, 0.3, 1.0)
+    monkeypatch.setitem(grid.GRIDS, "fake", lambda model: [[{"step": s}] for s in steps])
     case, (path,) = study.cases[0], [study.results / "peers" / "fake.csv"]
     network = study.base(case)
     base = {f"base_{part}_accuracy": study.base_accuracy(case, part) for part in ("val", "test")}
@@ -104,6 +105,9 @@ def test_files_are_chosen_on_validation_and_tested_once(study, fake, monkeypatch
     assert [json.loads(each)["step"] for each in table["settings"]] == [*steps]
     assert table["ratio"].tolist() == pytest.approx((1000 / table["file_bytes"]).tolist(), rel=1e-5)
     kept = run.unbeaten(table)
+    lost = base["base_val_accuracy"] - table["val_accuracy"]
+    assert_below(lost.iloc[0], run.LOST, "points that the finest step loses")
+    assert_above(lost.iloc[-1], run.LOST, "points that the coarsest step loses")
     assert 0 < kept.sum() < len(steps) and (table["test_accuracy"].notna() == kept).all()
     assert seen == ["val"] * len(steps) + ["test"] * kept.sum()
     measured()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spread import assert_above
 
 from lib import Compressed, Recipe, Repair
 from lib.finetune import evaluate
@@ -16,9 +17,9 @@ from study.profiles import Case
 from study.records import address
 
 RECIPES = {
-    "relevance": Recipe(store=RateDistortion("lrp-epsilon", price=0.1)),
+    "relevance": Recipe(store=RateDistortion("lrp-epsilon", price=0.01)),
     "fine-tuned": Recipe(KeepTop("magnitude", density=0.5), Repair(finetune=3), Uniform(4)),
-    "trained": Recipe(store=Trained("lrp-epsilon", price=0.03, steps=8)),
+    "trained": Recipe(store=Trained("lrp-epsilon", price=0.003, steps=8)),
     "ECQx": Recipe(store=ECQx(price=0.03, steps=8)),
 }
 
@@ -53,7 +54,8 @@ def test_files_depend_on_training_images_alone(name, execute, splits):
     record, content = execute(RECIPES[name], splits)
     elsewhere, same = execute(RECIPES[name], splits | others)
     assert content == same
-    assert elsewhere["test_accuracy"] < record["test_accuracy"]
+    lost = record["test_accuracy"] - elsewhere["test_accuracy"]
+    assert_above(lost, 0, f"points between test images and noise, {name}")
 
 
 def test_seeds_choose_images_order_and_initial_weights(execute, splits):
@@ -84,7 +86,8 @@ def test_both_accuracies_are_of_the_file(execute, splits, study):
     assert record["file_bytes"] == len(content)
     for part in ("val", "test"):
         assert record[f"{part}_accuracy"] == evaluate(loaded, *splits[part])
-        assert record[f"{part}_accuracy"] != evaluate(network, *splits[part])
+        lost = evaluate(network, *splits[part]) - record[f"{part}_accuracy"]
+        assert_above(lost, 0, f"points that the file loses, {part}")
 
 
 def test_base_networks_of_other_seeds_start_elsewhere_and_see_another_order(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from spread import assert_above, assert_below
 
 from lib.finetune import evaluate
 from study import bases, training
@@ -10,7 +11,7 @@ from study.training import augment_crop_flip, fit
 def test_fit_learns_and_is_deterministic(digits):
     images, labels = digits
     models = [fit(build("lenet300"), images, labels, epochs=6, lr=0.05) for _ in range(2)]
-    assert evaluate(models[0], images, labels) > 90
+    assert_above(evaluate(models[0], images, labels), 90, "accuracy on the training images")
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
@@ -47,7 +48,9 @@ def test_the_mean_of_the_weights_is_returned(digits, monkeypatch):
         torch.testing.assert_close(parameter, torch.stack(passes).mean(0), rtol=1e-4, atol=1e-6)
     # in BatchNorms the statistics are those of the mean, estimated over one pass of the images
     inputs, norm = model[0](digits[0]), model[1]
-    torch.testing.assert_close(norm.running_mean, inputs.mean((0, 2, 3)), rtol=0.05, atol=0.02)
+    mean = inputs.mean((0, 2, 3))
+    error = (norm.running_mean - mean).abs() / (0.02 + 0.05 * mean.abs())
+    assert_below(error.max().item(), 1, "error of a statistic over what may be")
 
 
 def test_averaging_goes_on_where_it_was_interrupted(digits, tmp_path, monkeypatch):
@@ -152,7 +155,8 @@ def test_a_large_network_is_kept_compressed_and_is_what_was_kept(tmp_path, monke
     first = bases.base(*key, 0, tmp_path)
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".xaic"
-    assert path.stat().st_size < sum(p.numel() for p in first.parameters()) * 1.1
+    size = path.stat().st_size / sum(p.numel() for p in first.parameters())
+    assert_below(size, 1.1, "bytes a weight")
     assert first[1].weight.unique().numel() <= 256
     monkeypatch.setattr(bases, "fit", None)
     again = bases.base(*key, 0, tmp_path)

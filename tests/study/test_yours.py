@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from spread import assert_above, assert_below
 from torch import nn
 
 from lib import Recipe
@@ -64,9 +65,11 @@ def carried_through(datasets, epochs, monkeypatch, kind):
 
 def test_a_network_of_your_own_is_trained_compressed_and_measured(alone):
     study, case, row = carried_through("digits/mine", 1, alone, "digits")
-    assert row["base_test_accuracy"] > 50
-    assert abs(row["test_accuracy"] - row["base_test_accuracy"]) < 2
-    assert row["ratio"] > 2 and study.references(case)[0].shape == (30, 1, 28, 28)
+    assert_above(row["base_test_accuracy"], 50, "accuracy of the network")
+    lost = abs(row["test_accuracy"] - row["base_test_accuracy"])
+    assert_below(lost, 2, "points between the network and the file")
+    assert_above(row["ratio"], 2, "floats over the file")
+    assert study.references(case)[0].shape == (30, 1, 28, 28)
 
 
 def test_a_data_set_of_your_own_is_split_normalised_and_learned(alone):
@@ -76,4 +79,5 @@ def test_a_data_set_of_your_own_is_split_normalised_and_learned(alone):
     assert images.shape == (9, 1, 28, 28) and labels.unique().tolist() == [0, 1, 2]
     assert abs(float(images.mean())) < 1  # mean and deviation were applied
     assert study.base(case)(images).shape == (9, 3)
-    assert row["base_test_accuracy"] > 60 and row["test_accuracy"] > 60
+    assert_above(row["base_test_accuracy"], 60, "accuracy of the network")
+    assert_above(row["test_accuracy"], 60, "accuracy of the file")
