@@ -1,7 +1,6 @@
 """The pipeline: from a network and a recipe to a file, and the search for a budget."""
 
 import copy
-import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
@@ -14,7 +13,6 @@ from lib import masks as masking
 from lib import repair
 from lib.codec import Compressed, CompressedFileError
 from lib.compress import compress, encode, prepare, remove
-from lib.finetune import evaluate
 from lib.fold import fold_batchnorm
 from lib.prune import KeepTop, NonPositive
 from lib.quantize import RateDistortion, Sequential, Tiers, Uniform
@@ -170,49 +168,6 @@ def test_budgets_hold_for_the_real_file(name, least, budget, trained, references
     floats = sum(4 * value.numel() for value in trained.state_dict().values())
     most = weights * budget["bits"] / 8 if "bits" in budget else floats / budget["ratio"]
     assert least * most < size <= most
-
-
-def test_a_budget_of_bytes_takes_at_most_three_files(trained, references, monkeypatch):
-    model = trained
-    module, made = sys.modules["lib.compress"], []
-    whole = module.encode
-
-    def counted(*arguments):
-        made.append(whole(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(module, "encode", counted)
-    floats = sum(4 * value.numel() for value in model.state_dict().values())
-    for ratio in (4, 8, 16, 32):
-        made.clear()
-        size = compress(model, *references, ratio=ratio).nbytes
-        assert 0.9 * floats / ratio < size <= floats / ratio
-        assert len(made) <= 3
-
-
-def test_max_drop_is_met_on_the_validation_split(trained, references, validation):
-    base = evaluate(trained, *validation)
-    small, exact, none = (
-        compress(trained, *references, "lrp-rd", val=validation, max_drop=drop)
-        for drop in (5.0, 0.5, 0)
-    )
-    assert evaluate(small.to_model(trained), *validation) >= base - 5.0
-    assert evaluate(exact.to_model(trained), *validation) >= base - 0.5
-    assert evaluate(none.to_model(trained), *validation) >= base
-    assert small.nbytes < exact.nbytes <= none.nbytes
-
-
-def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, references, validation):
-    """The network before it was stored loses nothing: it would let the smallest file pass."""
-    recipe, (images, labels) = Recipe(store=Uniform(2)), validation
-    found = compress(trained, *references, recipe, val=validation, max_drop=2.0)
-    smallest = compress(trained, *references, recipe)
-    base = evaluate(trained, *validation)
-    assert evaluate(smallest.to_model(trained), *validation) < base - 2.0
-    assert evaluate(found.to_model(trained), *validation) >= base - 2.0
-    wrong = images, (labels + 1) % 10  # on these there is hardly anything to lose
-    other = compress(trained, *references, recipe, val=wrong, max_drop=50.0)
-    assert other.nbytes == smallest.nbytes < found.nbytes
 
 
 @pytest.mark.parametrize(
