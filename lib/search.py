@@ -97,21 +97,20 @@ def smallest_within(
     most: float, lost: Callable[[Compressed], float], at: Callable[[float], Compressed],
     knobs: Sequence[float], start: float,
 ) -> Compressed | None:  # fmt: skip
-    """The smallest file that loses at most so many points, or one hardly larger.
+    """The smallest file that loses at most so many points, where larger files lose less.
 
     From a start on in steps that double until it lies between two files, then where the logarithm
     of what is lost would meet the budget on a straight line, or in the middle where such a step did
-    not halve what is left (regula falsi, guarded by bisection). Larger files should lose less.
+    not halve what is left (regula falsi, guarded by bisection).
     """
     low, high, best = -1, len(knobs), None
     losses: dict[int, float] = {}  # logarithms; what files lose may be zero, or less
-    sizes: dict[int, int] = {}
     little = most / 4 + 0.1
     index = min(range(high), key=lambda i: abs(knobs[i] - start))
     step, straight = max(1, high // 16), True
     while high - low > 1:
         gap, candidate = high - low, at(knobs[index])
-        sizes[index], points = candidate.nbytes, lost(candidate)
+        points = lost(candidate)
         losses[index] = math.log(max(points, 0.0) + little)
         if points <= most:
             low, best = index, candidate
@@ -121,8 +120,6 @@ def smallest_within(
             index = max(high - step, 0) if low < 0 else min(low + step, high - 1)
             step *= 2
             continue
-        if sizes[low] < (1 + CLOSE) * sizes[high]:
-            break
         straight = straight or high - low <= gap / 2
         share = (math.log(most + little) - losses[low]) / (losses[high] - losses[low])
         index = low + round((min(max(share, 0.1), 0.9) if straight else 0.5) * (high - low))

@@ -18,7 +18,7 @@ from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
 from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
-from .sizes import Problem, Sample, step_of
+from .sizes import SAMPLE, Problem, Sample, step_of
 from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
@@ -72,23 +72,16 @@ class RateDistortion(Quantizer):
 
         Errors are not made up for: what the real files show sets that right.
         """
-        samples, names = [], removed.masks.keys() & prepared.units.keys()
-        for name, moment in self.seen(removed, prepared, images).items():
-            if name in names:
-                weight = removed.network.get_parameter(name).detach()
-                view, units = prepared.views[name], prepared.units[name]
-                samples.append(_sample(view, weight, moment, units))
+        samples = [
+            _sample(
+                prepared.views[name], removed.network.get_parameter(name).detach(), moment,
+                prepared.units[name],
+            )
+            for name, moment in prepared.moments.items()
+            if name in removed.masks.keys() & prepared.units.keys()
+        ]  # fmt: skip
         weights = sum(mask.numel() for mask in removed.masks.values())
-
-        @cache
-        def size(price: float) -> float:
-            return sum(sample.bits(price * prepared.damage) for sample in samples) / weights
-
-        return size
-
-    def seen(self, removed: Removed, prepared: Problem, images: Tensor) -> dict[str, Tensor]:
-        """Moments by which sizes are expected."""
-        return prepared.moments
+        return cache(lambda price: sum(s.bits(price * prepared.damage) for s in samples) / weights)
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
@@ -129,9 +122,10 @@ def _sample(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> Sample
     moment, units, order = _problem(some, moment, view.units(units, rows))
     factor, _, damping = _triangular(moment)
     energy = factor.diagonal(dim1=1, dim2=2).square()[:, None, order.argsort()]
-    some = some.cpu().reshape(len(energy), -1, energy.shape[-1])
-    damage = units.reshape(len(energy), -1, 1) * energy
-    return Sample.of(some, weight.numel(), damage, _cost(factor, damping, units))
+    damage = (units.reshape(len(energy), -1, 1) * energy).flatten()
+    some, every = some.cpu().flatten(), max(1, some.numel() // SAMPLE)
+    cost, largest = _cost(factor, damping, units), float(some.abs().max()) or 1.0
+    return Sample(weight.numel(), some[::every], damage[::every], cost, largest)
 
 
 def _rows(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 import copy
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,13 +71,14 @@ class Sequential(RateDistortion):
         damage = _damage(removed.network, images, units)
         return Problem({}, units, damage, views_of(removed.network))
 
-    def seen(self, removed: Removed, prepared: Problem, images: Tensor) -> dict[str, Tensor]:
-        """Those in the network before it is coded, which come near; of the first inputs only."""
-        if prepared.moments:
-            return prepared.moments
+    def expected(
+        self, removed: Removed, prepared: Problem, images: Tensor
+    ) -> Callable[[float], float]:
+        """By the moments of inputs in the network before it is coded, which come near."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the file itself will warn
-            return moments.input_moments(removed.network, images, centered=True, most=WIDE)
+            seen = moments.input_moments(removed.network, images, centered=True, most=WIDE)
+        return super().expected(removed, replace(prepared, moments=seen), images)
 
     def store(
         self, removed: Removed, prepared: Problem, images: Tensor

@@ -34,13 +34,6 @@ class Sample:
     cost: float
     largest: float
 
-    @classmethod
-    def of(cls, rows: Tensor, weights: int, damage: Tensor, cost: float) -> "Sample":
-        """From rows [groups, rows, inputs] and damages that broadcast to them."""
-        every = max(1, rows.numel() // SAMPLE)
-        some, damages = (t.flatten()[::every] for t in (rows, damage.expand(rows.shape)))
-        return cls(weights, some, damages, cost, float(rows.abs().max()))
-
     def bits(self, lam: float) -> float:
         """Of the codes of least damage + lam · bits, without making up for errors."""
         step = step_of(lam, self.cost, self.largest)
