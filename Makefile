@@ -111,8 +111,9 @@ verify: env  ## decode the committed models, evaluate them and compare with the 
 report: run-09-paper  ## one HTML file of all tables, figures and claims, without code
 	@$(RUN) study report $(CASES)
 
-bench: env  ## time relevance, codec and ONNX files; tables in results/bench/
+bench: env  ## time relevance, compression, codec and ONNX files; tables in results/bench/
 	$(VENV)/bin/python bench/bench_relevance.py
+	$(VENV)/bin/python bench/bench_compress.py
 	$(VENV)/bin/python bench/bench_codec.py
 	$(VENV)/bin/python bench/bench_export.py
 

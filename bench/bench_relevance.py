@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import torchvision
 from tqdm import tqdm
 
 from lib.relevance import weight_relevance
@@ -32,9 +33,10 @@ from study.networks import build
 from study.records import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/relevance.csv"
-BATCH, BATCHES, REPEATS = 50, 1, 3
-SIZES = [BATCH * 2**k for k in range(4)]  # images, for the growth of time
-MODELS = ("resnet20", "vgg16")
+REPEATS = 3
+SIZES = [50 * 2**k for k in range(4)]  # images, for the growth of time
+# model: images at a time, and their side
+MODELS = {"resnet20": (50, 32), "vgg16": (50, 32), "vit_b_16": (8, 224), "convnext_tiny": (8, 224)}
 # method: (rule, aggregate, highest ratio that is good enough)
 METHODS = {
     "epsilon, sum": ("epsilon", "sum", 1.15),
@@ -47,14 +49,16 @@ METHODS = {
 
 def problem(name, images):
     """An untrained network with random images and labels."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, 3, 32, 32, generator=generator)
-    return build(name).eval(), x, torch.randint(10, (images,), generator=generator)
+    generator, side = torch.Generator().manual_seed(0), MODELS[name][1]
+    x = torch.randn(images, 3, side, side, generator=generator)
+    torch.manual_seed(0)
+    model = build(name) if side == 32 else getattr(torchvision.models, name)(num_classes=10)
+    return model.eval(), x, torch.randint(10, (images,), generator=generator)
 
 
 def train(model, images, labels):
     """Gradients of the loss for all weights, batch by batch."""
-    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    for x, y in zip(images.split(50), labels.split(50), strict=True):
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
 
@@ -99,9 +103,10 @@ def peak_elsewhere(name, what, images):
 
 def rows(name, bar):
     """Time and memory of every method on one network."""
-    arguments = problem(name, BATCH * BATCHES)
+    few = MODELS[name][0]
+    arguments = problem(name, few)
     weights = sum(p.numel() for p in arguments[0].parameters()) * 4 / 2**20
-    allowed = peak_elsewhere(name, "training", BATCH) + weights
+    allowed = peak_elsewhere(name, "training", few) + weights
     for what, (_, _, target) in METHODS.items():
         pairs = []
         for repeat in range(REPEATS + 1):
@@ -110,18 +115,20 @@ def rows(name, bar):
                 pairs.append(pair)
             bar.update()
         ratios = [pair[1] / pair[0] for pair in pairs]
-        memory = [peak_elsewhere(name, what, images) for images in (BATCH, 8 * BATCH)]
+        memory = [peak_elsewhere(name, what, images) for images in (few, 8 * few)]
         yield {
             "model": name,
             "method": what,
             "ratio": round(statistics.median(r[0] for r in ratios), 3),
             "processor time ratio": round(statistics.median(r[1] for r in ratios), 3),
             "target": target,
-            "seconds": round(statistics.median(pair[1, 0] for pair in pairs), 4),
+            "method seconds": round(statistics.median(pair[1, 0] for pair in pairs), 4),
             "training seconds": round(statistics.median(pair[0, 0] for pair in pairs), 4),
             "peak MiB": round(memory[0], 1),
             "peak MiB, 8 x images": round(memory[1], 1),
             "training peak + weights MiB": round(allowed, 1),
+            "memory ratio": round(memory[0] / allowed, 3),
+            "images": few,
         }
 
 
@@ -142,7 +149,7 @@ def main():
         table = pd.DataFrame([row for name in MODELS for row in rows(name, bar)])
         table["log-log slope over images"] = round(slope("resnet20", bar), 3)
     print(table.to_string(index=False))
-    table["images"], table["batch size"], table["repeats"] = BATCH * BATCHES, BATCH, REPEATS
+    table["repeats"] = REPEATS
     for key, value in provenance(start).items():
         table[key] = str(value)
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from .prune import Removed
 from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
-from .search import Budget, Size, most_accurate_within, smallest_that
+from .search import Budget, most_accurate_within, smallest_within
 
 
 @dataclass(frozen=True)
@@ -203,24 +203,22 @@ def _search(
         return result
 
     if val is not None and budget.kind == "max_drop":
-        before, drops = accuracy(model, val), []
+        before, drops, store = accuracy(model, val), [], recipe.store
 
-        def fits(result: Compressed) -> bool:
+        def drop(result: Compressed) -> float:
             drops.append(before - accuracy(result.to_model(model), val))
-            return drops[-1] <= budget.amount + 1e-9
+            return drops[-1]
 
-        best = smallest_that(fits, at, recipe.store.settings)
+        best = smallest_within(budget.amount + 1e-9, drop, at, store.settings, store.value)
         reached = f"of the files tried the best loses {min(drops):.2f} points. Allow for that"
     else:
         floats = float_bytes(model)
         weights = sum(mask.numel() for mask in prepared.removed.masks.values())
         most = weights * budget.amount / 8 if budget.kind == "bits" else floats / budget.amount
-        store, removed, details = recipe.store, prepared.removed, prepared.details
-
-        def expected(value: float, coded: Compressed | None) -> Size:
-            return store.at(value).expected(removed, details, coded)
-
-        best = most_accurate_within(most, at, store.settings, expected, 8 * most / weights)
+        bits = recipe.store.expected(prepared.removed, prepared.details, prepared.images)
+        best = most_accurate_within(
+            most, at, recipe.store.settings, lambda value: weights / 8 * bits(value)
+        )
         least = min(tried)
         met = 8 * least / weights if budget.kind == "bits" else floats / least
         reached = (

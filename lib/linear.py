@@ -213,16 +213,21 @@ def units_of(layer: Layer, outputs: Tensor, few: bool = False) -> Tensor:
     return outputs.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def gram(layer: Layer, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def gram(
+    layer: Layer, inputs: Tensor, dtype: torch.dtype | None = None, most: int | None = None
+) -> Tensor:
     """Products of the inputs and a one, summed over positions [groups, d + 1, d + 1].
 
-    Of convolutions over large images ``POSITIONS`` of each image stand for all.
+    Of convolutions over large images ``POSITIONS`` of each image stand for all; of more than
+    ``most`` inputs the first so many.
     """
     if isinstance(layer, nn.Embedding):
         counts = look_ups(layer, inputs).to(dtype or layer.weight.dtype)
         every = counts.sum().expand_as(counts)
         return torch.stack([counts, counts, counts, every], 1).unflatten(1, (2, 2))
     patches = patches_of(layer, inputs, few=True).to(dtype or inputs.dtype)
+    if most is not None and patches.shape[1] > most + 1:
+        patches = torch.cat([patches[:, :most], patches[:, -1:]], 1)
     return patches @ patches.mT
 
 

@@ -15,7 +15,9 @@ FEW = 10  # images below which their covariance alone is not trusted
 STEADY = 1e-4  # share of variance in the second moment below which an input hardly varies
 
 
-def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -> dict[str, Tensor]:
+def input_moments(
+    model: nn.Module, images: Tensor, *, centered: bool = False, most: int | None = None
+) -> dict[str, Tensor]:
     """Second moments of the inputs of every layer that ``lib.linear`` knows.
 
     Parameters
@@ -29,6 +31,8 @@ def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -
         covariance: right when biases are corrected afterwards. Layers without a bias keep the
         plain moment. Where the images cannot support it, see ``borrowed``, sums are taken
         in float64.
+    most : int, optional
+        Of more inputs of a unit, take the first so many.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def input_moments(model: nn.Module, images: Tensor, *, centered: bool = False) -
 
         def accumulate(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
             if not (isinstance(layer, Projection) and last[0] is inputs[0]):
-                last[:] = inputs[0], gram(layer, inputs[0], dtype)
+                last[:] = inputs[0], gram(layer, inputs[0], dtype, most)
             sums[path] = sums[path] + last[1] if path in sums else last[1]
 
         watch(model, images, paths, accumulate)

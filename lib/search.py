@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
+import numpy as np
+
 from .codec import Compressed
 
 FILES = 3  # after which a budget of bytes that is met well enough is left at that
 CLOSE, FAR = 0.03, 0.1  # shares of it that may be left over before, and then
-AIMS = (0.0, 0.01, 0.04)  # shares that the first, second and later files aim below it
+AIMS = (0.0, 0.01, 0.05)  # shares that the first, second and later files aim below it
 TINY = 1e-12
 
 
@@ -40,12 +42,9 @@ class Budget:
         return cls(*found[0]) if found else None
 
 
-Size = Callable[[float], float]  # expected from a knob's value, up to a factor
-
-
 def most_accurate_within(
     most: float, at: Callable[[float], Compressed], knobs: Sequence[float],
-    expected: Callable[[float, Compressed | None], Size], first: float,
+    expected: Callable[[float], float],
 ) -> Compressed | None:  # fmt: skip
     """The largest file of at most that many bytes, or one hardly smaller.
 
@@ -58,57 +57,71 @@ def most_accurate_within(
     knobs : sequence of float
         Values of the knob, along which sizes fall.
     expected : callable
-        Expected sizes: before any file for ``(value, None)``, then from the file for that value.
-    first : float
-        What the size before any file should be.
+        Bytes that the coded weights are expected to take for a value, before there is a file.
 
     Notes
     -----
-    Each file is the one of which the logarithm of the expected size, set right by the files
-    before, is the budget's; the slope follows from two files. Three are enough unless none of
-    them meets the budget, or the best leaves a tenth of it.
+    Each file is the one whose expected size is the budget. Expected sizes are set right by the
+    files before: all else in a file takes what it took in them, and logarithms are off by what
+    they were off at the files next to it. Three files are enough unless none of them meets the
+    budget, or the best leaves a tenth of it.
     """
-    low, high, best = -1, len(knobs), None
+    low, high, best, rest = -1, len(knobs), None, 0
     sizes: dict[int, float] = {}  # logarithms of size / budget
-    size, place, left, slope = expected(knobs[0], None), 0.0, -math.log(first), 1.0
+
+    def raw(index: int) -> float:
+        return math.log(max(expected(knobs[index]) + rest, TINY) / most)
 
     def excess(index: int) -> float:
-        return place + slope * (math.log(max(size(knobs[index]), TINY)) + left)
+        made = sorted(sizes, reverse=True)  # smallest first
+        errors = [sizes[i] - raw(i) for i in made] or [0.0]
+        return raw(index) + float(np.interp(raw(index), [raw(i) for i in made] or [0.0], errors))
 
     while high - low > 1:
-        aim = -AIMS[min(len(sizes), FILES - 1)]
-        middle = bisect_left(range(low + 1, high - 1), -aim, key=lambda i: -excess(i)) + low + 1
+        aim = AIMS[min(len(sizes), FILES - 1)]
+        middle = bisect_left(range(low + 1, high - 1), aim, key=lambda i: -excess(i)) + low + 1
         candidate = at(knobs[middle])
-        sizes[middle] = place = math.log(candidate.nbytes / most)
-        if place > 0:
+        sizes[middle] = math.log(candidate.nbytes / most)
+        rest = candidate.summary()[-1].bytes
+        if sizes[middle] > 0:
             low = middle
         else:
             best, high = candidate, middle
         allowed = CLOSE if len(sizes) < FILES else FAR
         if best is not None and sizes[high] > -allowed:
             break
-        size = expected(knobs[middle], candidate)
-        now = {i: math.log(max(size(knobs[i]), TINY)) for i in sizes}
-        left = -now[middle]
-        other = min(sizes.keys() - {middle}, key=lambda i: abs(sizes[i]), default=middle)
-        if now[other] != now[middle]:
-            slope = (sizes[other] - place) / (now[other] - now[middle])
-            slope = min(max(slope, 0.3), 3.0)
     return best
 
 
-def smallest_that(
-    fits: Callable[[Compressed], bool],
-    at: Callable[[float], Compressed],
-    knobs: Sequence[float],
-) -> Compressed | None:
-    """The smallest file that fits, where larger files do too: bisection."""
-    low, high, best = 0, len(knobs) - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        candidate = at(knobs[middle])
-        if fits(candidate):
-            best, low = candidate, middle + 1
+def smallest_within(
+    most: float, lost: Callable[[Compressed], float], at: Callable[[float], Compressed],
+    knobs: Sequence[float], start: float,
+) -> Compressed | None:  # fmt: skip
+    """The smallest file that loses at most so many points, where larger files lose less.
+
+    From a start on in steps that double until it lies between two files, then where the logarithm
+    of what is lost would meet the budget on a straight line, or in the middle where such a step did
+    not halve what is left (regula falsi, guarded by bisection).
+    """
+    low, high, best = -1, len(knobs), None
+    losses: dict[int, float] = {}  # logarithms; what files lose may be zero, or less
+    little = most / 4 + 0.1
+    index = min(range(high), key=lambda i: abs(knobs[i] - start))
+    step, straight = max(1, high // 16), True
+    while high - low > 1:
+        gap, candidate = high - low, at(knobs[index])
+        points = lost(candidate)
+        losses[index] = math.log(max(points, 0.0) + little)
+        if points <= most:
+            low, best = index, candidate
         else:
-            high = middle - 1
+            high = index
+        if low < 0 or high == len(knobs):
+            index = max(high - step, 0) if low < 0 else min(low + step, high - 1)
+            step *= 2
+            continue
+        straight = straight or high - low <= gap / 2
+        share = (math.log(most + little) - losses[low]) / (losses[high] - losses[low])
+        index = low + round((min(max(share, 0.1), 0.9) if straight else 0.5) * (high - low))
+        index, straight = min(max(index, low + 1), high - 1), not straight
     return best

@@ -1,7 +1,7 @@
 """What a quantizer is: how precisely to store the weights that are kept, with one knob."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -53,13 +53,10 @@ class Quantizer:
         """
         return None
 
-    def expected(
-        self, removed: Removed, prepared: Any, coded: Mapping[str, Any] | None
-    ) -> Callable[[float], float]:
-        """Size that a file has, up to a factor, as a function of the knob.
+    def expected(self, removed: Removed, prepared: Any, images: Tensor) -> Callable[[float], float]:
+        """Bits a weight that a file is expected to take, as a function of the knob.
 
-        In bits a weight where nothing was ``coded``; otherwise from the file of this quantizer.
-        By default the knob is such a size.
+        Up to a factor that hardly changes: files show it. By default the knob is such a size.
         """
         return lambda value: value
 

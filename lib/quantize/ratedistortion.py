@@ -1,8 +1,9 @@
 """Rate–distortion choice of codes: relevance-weighted damage against bits, errors compensated."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..score import By, criterion
 from .codes import Codes, check, kept_weight, mask_like, storable
 from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
-from .sizes import Problem, scaled_size
+from .sizes import SAMPLE, Problem, Sample, step_of
 from .uniform import uniform
 
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
@@ -65,15 +66,22 @@ class RateDistortion(Quantizer):
         return Problem(moments, units, damage, views)
 
     def expected(
-        self, removed: Removed, prepared: Problem, coded: Mapping[str, Any] | None
+        self, removed: Removed, prepared: Problem, images: Tensor
     ) -> Callable[[float], float]:
-        """Size by the price: the entropy of weights on grids scaled with the root of the price.
+        """Size by the price: the entropy of weights on the grids that suit it.
 
-        Errors are not made up for: what the real file has shown sets that right.
+        Errors are not made up for: what the real files show sets that right.
         """
-        if coded is None:  # 2 bits at 0.01, hardly any at 10
-            return lambda price: 0.5 * math.log2(1 + 0.15 / price)
-        return scaled_size(self.price, removed.network, prepared, coded)
+        samples = [
+            _sample(
+                prepared.views[name], removed.network.get_parameter(name).detach(), moment,
+                prepared.units[name],
+            )
+            for name, moment in prepared.moments.items()
+            if name in removed.masks.keys() & prepared.units.keys()
+        ]  # fmt: skip
+        weights = sum(mask.numel() for mask in removed.masks.values())
+        return cache(lambda price: sum(s.bits(price * prepared.damage) for s in samples) / weights)
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: Problem
@@ -82,7 +90,7 @@ class RateDistortion(Quantizer):
         codes = {}
         for name, weight in each(weights.items()):
             if name in prepared.moments:
-                codes[name], prepared.energies[name] = coded(
+                codes[name] = coded(
                     prepared.views[name], weight, masks[name], prepared.moments[name],
                     prepared.units[name], self.price * prepared.damage,
                 )  # fmt: skip
@@ -99,11 +107,25 @@ def coded(
     units: Tensor,
     lam: float,
     step: float | None = None,
-) -> tuple[Codes, Tensor]:
-    """Codes of a weight of any layer, by ``rate_distortion`` of its rows; M_jj² [groups, d]."""
+) -> Codes:
+    """Codes of a weight of any layer, by ``rate_distortion`` of its rows."""
     problem: dict[str, Any] = _rows(view, weight, moment, units)
-    code, energy = _chosen(**problem, lam=lam, step=step, mask=view.rows(mask).flatten(0, 1))
-    return replace(code, symbols=view.weight(code.symbols, weight.shape)), energy
+    kept = view.rows(mask).flatten(0, 1)
+    code = rate_distortion(**problem, lam=lam, step=step, mask=kept)
+    return replace(code, symbols=view.weight(code.symbols, weight.shape))
+
+
+def _sample(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> Sample:
+    """Weights of a layer and what errors of theirs do; a moment may be of the first inputs only."""
+    rows = view.rows(weight)
+    some = rows[..., : moment.shape[-1]].flatten(0, 1)
+    moment, units, order = _problem(some, moment, view.units(units, rows))
+    factor, _, damping = _triangular(moment)
+    energy = factor.diagonal(dim1=1, dim2=2).square()[:, None, order.argsort()]
+    damage = (units.reshape(len(energy), -1, 1) * energy).flatten()
+    some, every = some.cpu().flatten(), max(1, some.numel() // SAMPLE)
+    cost, largest = _cost(factor, damping, units), float(some.abs().max()) or 1.0
+    return Sample(weight.numel(), some[::every], damage[::every], cost, largest)
 
 
 def _rows(view: View, weight: Tensor, moment: Tensor, units: Tensor) -> dict[str, Tensor]:
@@ -183,15 +205,6 @@ def rate_distortion(
     ICLR 2023, section 3. Behdin et al.: QuantEase, 2023 (coordinate descent). Gish, Pierce:
     Asymptotically efficient quantizing, IEEE Trans. Information Theory 1968 (the step).
     """
-    problem: dict[str, Any] = {"second_moment": second_moment, "unit_weight": unit_weight}
-    return _chosen(weight, **problem, lam=lam, step=step, mask=mask)[0]
-
-
-def _chosen(
-    weight: Tensor, second_moment: Tensor, unit_weight: Tensor | None, lam: float,
-    step: float | None = None, mask: Tensor | None = None,
-) -> tuple[Codes, Tensor]:  # fmt: skip
-    """See ``rate_distortion``; also M_jj² of the inputs [groups, d]."""
     kept, weight = mask_like(weight, mask), kept_weight(weight, None)
     moment, units, order = _problem(weight, second_moment, unit_weight)
     factor, moment, damping = _triangular(moment)
@@ -199,10 +212,7 @@ def _chosen(
     check(0 <= lam < math.inf, f"lam must not be negative, not {lam}")
     if step is None:
         check(lam > 0, f"lam must be positive to derive a step, not {lam}")
-        energy = factor.diagonal(dim1=1, dim2=2).square() - damping
-        cost = float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
-        step = math.sqrt(6 * lam / (cost * math.log(2))) if cost > 0 else math.inf
-        step = min(max(step, largest / 2**14), 2.01 * largest)
+        step = step_of(lam, _cost(factor, damping, units), largest)
     check(0 < step < math.inf, f"the step must be positive, not {step}")
     grid = storable(torch.tensor([step], dtype=torch.float32))
     step = float(grid)
@@ -220,7 +230,13 @@ def _chosen(
             break
     back = order.argsort()
     symbols = symbols[:, back].mT.reshape(weight.shape).int()
-    return Codes(symbols, grid, "uniform"), factor.diagonal(dim1=1, dim2=2).square()[:, back]
+    return Codes(symbols, grid, "uniform")
+
+
+def _cost(factor: Tensor, damping: Tensor, units: Tensor) -> float:
+    """Mean of G_k M_jj² over the weights of a layer, without the damping's share."""
+    energy = factor.diagonal(dim1=1, dim2=2).square() - damping
+    return float((energy.mean(1) * units.reshape(len(energy), -1).mean(1)).mean())
 
 
 def _problem(

@@ -2,7 +2,9 @@
 
 import copy
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,13 +71,21 @@ class Sequential(RateDistortion):
         damage = _damage(removed.network, images, units)
         return Problem({}, units, damage, views_of(removed.network))
 
+    def expected(
+        self, removed: Removed, prepared: Problem, images: Tensor
+    ) -> Callable[[float], float]:
+        """By the moments of inputs in the network before it is coded, which come near."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file itself will warn
+            seen = moments.input_moments(removed.network, images, centered=True, most=WIDE)
+        return super().expected(removed, replace(prepared, moments=seen), images)
+
     def store(
         self, removed: Removed, prepared: Problem, images: Tensor
     ) -> tuple[nn.Module, dict[str, Codes]]:
         """Refit, code and correct layer after layer; see ``Quantizer.store``."""
         network, masks = copy.deepcopy(removed.network), removed.masks
         inside = opened(network)
-        energies: dict[str, dict[int, Tensor]] = {}
         codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
         layers = layers_of(inside)
@@ -92,7 +102,7 @@ class Sequential(RateDistortion):
         def change(path: str, layer: Layer, a: Tensor, z: Tensor, wanted: Tensor) -> None:
             place = places[path]
             mask, units = place(masks[place.name]), place(prepared.units[place.name])
-            made: list[tuple[Codes, Tensor]] = []
+            made: list[Codes] = []
             bias, lam = bias_of(layer), self.price * prepared.damage
             for part, inputs in parts_of(layer):
                 problem = equations(part, centre=bias is not None)
@@ -105,9 +115,9 @@ class Sequential(RateDistortion):
                 problem.refit(kept, self.ridge)
                 weight, view = part.weight.detach(), View.of(part)
                 finest = float(layer.weight.abs().max()) / 2**14
-                step = max(finest, float(made[0][0].grid)) if made else None
+                step = max(finest, float(made[0].grid)) if made else None
                 made.append(coded(view, weight, kept, problem.moment(), units, lam, step))
-                part.weight.copy_(made[-1][0].decode())
+                part.weight.copy_(made[-1].decode())
                 if bias is not None:
                     left = ((total - problem.outputs()) / problem.count).flatten()
                     part.bias += left.to(part.bias.dtype)
@@ -116,14 +126,11 @@ class Sequential(RateDistortion):
             if bias is not None:  # as it will be stored, so that later layers see it
                 bias.copy_(halved(bias))
             first = place.first or 0
-            codes.setdefault(place.name, {})[first] = _joined([code for code, _ in made], 1)
-            energies.setdefault(place.name, {})[first] = torch.cat([e for _, e in made], 1)
+            codes.setdefault(place.name, {})[first] = _joined(made, 1)
             if place.last in (None, len(masks[place.name])):
                 done(place.name)
 
         change_in_order(opened(removed.folded.network), inside, images, set(places), change)
-        for name, parts in energies.items():
-            prepared.energies[name] = torch.cat([parts[first] for first in sorted(parts)])
         if weak:
             moments.warn_of(weak, len(images))
         rows = {name: [parts[first] for first in sorted(parts)] for name, parts in codes.items()}

@@ -73,22 +73,19 @@ def _put(places: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Mean patch [groups, d] that each layer with known inputs reads, by weight name."""
-    network = opened(network)
-    means: dict[str, list[Tensor]] = {}
-    layers = {
-        path: layer for path, layer in layers_of(network).items() if bias_of(layer) is not None
-    }
+    layers = layers_of(network := opened(network))
+    biased = [path for path, layer in layers.items() if bias_of(layer) is not None]
     sums: dict[str, Tensor] = {}
 
     def add(path: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
         total = patches_of(layer, inputs[0]).sum(2)  # [groups, d + 1]
-        sums[path] = sums.get(path, torch.zeros_like(total)) + total
+        sums[path] = sums[path] + total if path in sums else total
 
-    watch(network, images, layers, add)
+    watch(network, images, biased, add)
+    means: dict[str, list[Tensor]] = {}
     for path, total in sums.items():
-        means.setdefault(Place.of(path, layers[path]).name, []).append(
-            total[:, :-1] / total[:, -1:]
-        )
+        name = Place.of(path, layers[path]).name
+        means.setdefault(name, []).append(total[:, :-1] / total[:, -1:])
     return {name: torch.cat(parts) for name, parts in means.items()}
 
 

@@ -1,0 +1,76 @@
+"""The search for a budget: what it finds, and how many files it takes."""
+
+import sys
+
+import pytest
+from spread import assert_above, assert_below
+
+from lib import search
+from lib.compress import compress
+from lib.finetune import evaluate
+from lib.quantize import Uniform
+from lib.recipe import Recipe
+from study.networks import build
+from study.training import fit
+
+pytestmark = pytest.mark.filterwarnings("ignore:compression took:UserWarning")
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """All files that are made."""
+    module, made = sys.modules["lib.compress"], []
+    whole = module.encode
+
+    def counted(*arguments):
+        made.append(whole(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(module, "encode", counted)
+    return made
+
+
+@pytest.mark.parametrize("name", ["resnet8", "lenet300"])
+def test_a_budget_of_bytes_takes_at_most_three_files(name, trained, digits, references, files):
+    model = trained
+    if name == "lenet300":  # inputs alike, so that a price buys far fewer bits
+        model = fit(build(name), *digits, epochs=1, lr=0.05, batch_size=64)
+    floats = sum(4 * value.numel() for value in model.state_dict().values())
+    used, made = [], []
+    for ratio in (4, 8, 16, 32):
+        files.clear()
+        used.append(compress(model, *references, ratio=ratio).nbytes * ratio / floats)
+        made.append(len(files))
+    assert max(used) <= 1
+    assert_above(min(used), 1 - search.FAR, f"least share of a budget that is used, {name}")
+    assert_below(max(made), search.FILES + 0.5, f"files made for a budget, {name}")
+
+
+def test_max_drop_is_met_on_the_validation_split(trained, references, validation, files):
+    base = evaluate(trained, *validation)
+    found, made = [], []
+    for drop in (5.0, 0.5, 0):
+        files.clear()
+        found.append(compress(trained, *references, "lrp-rd", val=validation, max_drop=drop))
+        made.append(len(files))
+    assert_below(max(made), 8, "files made for points to lose, of 261 settings")  # bisection: 8
+    small, exact, none = found
+    assert evaluate(small.to_model(trained), *validation) >= base - 5.0
+    assert evaluate(exact.to_model(trained), *validation) >= base - 0.5
+    assert evaluate(none.to_model(trained), *validation) >= base
+    assert_below(small.nbytes / exact.nbytes, 1, "file that may lose 5 points over half a point")
+    assert exact.nbytes <= none.nbytes
+
+
+def test_max_drop_is_judged_on_the_file_and_on_the_images_given(trained, references, validation):
+    """The network before it was stored loses nothing: it would let the smallest file pass."""
+    recipe, (images, labels) = Recipe(store=Uniform(2)), validation
+    found = compress(trained, *references, recipe, val=validation, max_drop=2.0)
+    smallest = compress(trained, *references, recipe)
+    base = evaluate(trained, *validation)
+    lost = base - evaluate(smallest.to_model(trained), *validation)
+    assert_above(lost, 2.0, "points that the smallest file loses")
+    assert evaluate(found.to_model(trained), *validation) >= base - 2.0
+    wrong = images, (labels + 1) % 10  # on these there is hardly anything to lose
+    other = compress(trained, *references, recipe, val=wrong, max_drop=50.0)
+    assert other.nbytes == smallest.nbytes < found.nbytes
