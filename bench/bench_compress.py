@@ -63,9 +63,7 @@ def measured(name, images):
         "elapsed seconds": round(elapsed, 1),
         "processor seconds": round(cpu, 1),
         "target seconds": TARGETS.get(name),
-        "processor seconds a million weights and file": round(
-            1e6 * sum(made) / len(made) / weights, 2
-        ),
+        "processor seconds a million weights and file": round(sum(made) / len(made) / weights, 2),
         "peak MiB": round(status("VmHWM") - before),
         "weights MiB": round(float_bytes(model) / 2**20),
     }

@@ -176,9 +176,9 @@ class Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
-        """The activation computed elsewhere."""
+        """The activation computed elsewhere; what reads it may keep it as well, in one memory."""
         ctx.save_for_backward(x, out)
-        return out.clone()
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
