@@ -26,8 +26,8 @@ from torch.backends import cpu
 NUMBERS = (
     "test_compress.py", "test_compress_errors.py", "test_finetune.py", "test_onnx.py",
     "test_prune.py", "test_quantizers.py", "test_recipe.py", "test_repair.py", "test_score.py",
-    "test_sequential.py", "test_trained.py", "test_users_files.py", "test_users_models.py",
-    "study/test_cluster.py", "study/test_peers.py", "study/test_probes.py",
+    "test_search.py", "test_sequential.py", "test_trained.py", "test_users_files.py",
+    "test_users_models.py", "study/test_cluster.py", "study/test_peers.py", "study/test_probes.py",
     "study/test_protocol.py", "study/test_survival.py", "study/test_sweep.py",
     "study/test_training.py", "study/test_verify.py", "study/test_yours.py",
 )  # fmt: skip
