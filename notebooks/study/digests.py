@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _SHOWN = {
     "names", "palette", "figures", "pictures", "sketches", "sliders", "answers", "sentences",
-    "lessons", "progress", "publish", "report", "stamps", "verify", "peers", "__main__",
+    "lessons", "publish", "report", "stamps", "verify", "peers", "__main__",
 }  # fmt: skip
 """Modules of ``study`` that no run of a recipe depends on: they show, or compute what is shown."""
 _LATER = {"type_params", "type_comment", "kind"}
