@@ -11,8 +11,7 @@ shaped like its weight; the higher, the more important. Names are those of ``CRI
 - ``lrp-<rule>``, ``lrp-<rule>/<start>``, ``lrp-<rule>/<start>/<aggregate>``: relevance, with any
   rule, composite, start and aggregate of ``lib.relevance``, as in ``lrp-zplus/contrastive/abs``;
 - ``reversed:<criterion>``: ranks the other way around, ``shuffled:<criterion>``: the same values
-  dealt out at random over the network (controls); ``root:<criterion>``: their square roots,
-  ``three-quarters:<criterion>``: powers of 3/4.
+  dealt out at random (controls); ``root:<criterion>``, ``three-quarters:<criterion>``: powers.
 
 To add one: ``CRITERIA["mine"] = Criterion("mine", function)``, or pass the object itself.
 """
@@ -85,8 +84,7 @@ class Criterion:
         ``(model, images, labels) -> scores``; neither changes the model nor depends on the state
         of any generator.
     order : {1, 2}
-        Order in the weight's effect: 1 for scores like a change of the output (relevance), 2 for
-        scores like a squared change or a change of the loss (Fisher information).
+        1 for scores like a change of the output (relevance), 2 for squares of it or of gradients.
     as_trained : bool
         The score belongs to the weight as trained: where BatchNorm was folded into it, the gain
         is divided out.
@@ -107,10 +105,9 @@ class Criterion:
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, gains: Scores | None = None
     ) -> Scores:
-        """Scores of all weights by name, shaped like the weights.
+        """Scores of all weights by name; arguments and errors as of ``weight_relevance``.
 
-        See ``lib.relevance.weight_relevance`` for arguments and errors; ``gains``, as of
-        ``Folded.scales``, are divided out of scores of weights as trained.
+        ``gains``, as of ``Folded.scales``, are divided out of scores of weights as trained.
         """
         scores = self.function(model, images, labels)
         if gains is not None and self.as_trained:
@@ -132,8 +129,7 @@ class Criterion:
         Returns
         -------
         dict of str to Tensor
-            float32 [units] for each weight, with mean one over all units of the network; so a
-            trade-off between damage and bits means the same for each criterion.
+            float32 [units] for each weight, with mean one over the network: prices stay the same.
 
         Notes
         -----

@@ -185,7 +185,7 @@ def test_refit_and_codes_of_transposed_convolutions_match_the_ordinary_layer():
         problem = equations(layer, centre=True)
         problem.add(images, missing)
         problem.refit(mask, 0.01)
-        code, _ = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(),
+        code = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(),
                      torch.rand(6, generator=torch.Generator().manual_seed(0)), 1e-3)  # fmt: skip
         results.append((layer.weight.detach(), code.decode()))
     (weight, code), (expected, wanted) = results
