@@ -43,7 +43,7 @@ NETWORKS = {"lenet300": 3, "lenet5": 3, "resnet20": 1}  # how many seeds; files 
 PRICES = {
     "lenet300": (0.01, 0.018, 0.032, 0.056, 0.1, 0.18),
     "lenet5": (0.018, 0.032, 0.056, 0.1, 0.18, 0.32, 0.56),
-    "resnet20": (0.0056, 0.01, 0.018, 0.032),
+    "resnet20": (0.0056, 0.01, 0.018, 0.032, 0.056),
 }
 COUNTS = (5, 20, 200, 500)
 """Reference images of each class, where the profile's own number stands in all other rows."""
