@@ -7,6 +7,7 @@ images, since these are choices. Writes results/<profile>/trials.csv row by row;
 goes on from there. ``06-beyond`` shows the BD-rates of the variants against what each varies.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -282,7 +283,7 @@ class Trial:
         """The same, its size what the codes of all layers take by their distributions."""
         with coding(way):
             found = self.file(ROOT, price)
-        return found | {FILE: way.bits / 8}
+        return found | {FILE: math.ceil(way.bits / 8)}
 
     def coded_by(self, way: Callable, price: float) -> dict:
         """A file of which layers are coded in another way."""
