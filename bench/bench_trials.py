@@ -7,6 +7,7 @@ images, since these are choices. Writes results/<profile>/trials.csv row by row;
 goes on from there. ``06-beyond`` shows the BD-rates of the variants against what each varies.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from lib import Recipe, Repair, compress
 from lib.finetune import evaluate
 from lib.linear import View
 from lib.prune import NonPositive
-from lib.quantize import Codes, Sequential, ratedistortion, sequential
+from lib.quantize import Codes, Sequential, rate_distortion, ratedistortion, sequential
 from lib.quantize.codes import storable
 from lib.quantize.columns import code_lengths
 from lib.score import CRITERIA, criterion
@@ -43,7 +44,7 @@ NETWORKS = {"lenet300": 3, "lenet5": 3, "resnet20": 1}  # how many seeds; files 
 PRICES = {
     "lenet300": (0.01, 0.018, 0.032, 0.056, 0.1, 0.18),
     "lenet5": (0.018, 0.032, 0.056, 0.1, 0.18, 0.32, 0.56),
-    "resnet20": (0.0056, 0.0075, 0.01, 0.0133, 0.018, 0.024, 0.032),
+    "resnet20": (0.0056, 0.01, 0.018, 0.032, 0.056),
 }
 COUNTS = (5, 20, 200, 500)
 """Reference images of each class, where the profile's own number stands in all other rows."""
@@ -58,22 +59,23 @@ Array = NDArray[np.float64]
 def a_step_for_each_unit(
     view: View, weight: Tensor, mask: Tensor, moment: Tensor, units: Tensor, lam: float,
     step: float | None = None, *, power: float = 0.25,
-) -> tuple[Codes, Tensor]:  # fmt: skip
+) -> Codes:  # fmt: skip
     """As ``ratedistortion.coded``, on grids that are finer for units of larger weight.
 
     Unit k's step is in proportion to G_k^-power; the file stores each in two bytes.
     """
     rows = view.rows(weight)
     scale = view.units(units, rows).double().clamp_min(1e-12) ** power
-    plain, _ = ratedistortion.coded(view, weight, mask, moment, units, lam)
+    plain = ratedistortion.coded(view, weight, mask, moment, units, lam)
     steps = float(plain.grid) * scale.log().mean().exp() / scale
     steps = storable(steps.clamp_max(2.01 * float(weight.abs().max())).float())  # [units]
     each = steps.reshape(*rows.shape[:2], 1)
-    symbols, energy = ratedistortion._chosen(
-        (rows / each).flatten(0, 1), moment, units * steps**2, lam, 1.0,
-        view.rows(mask).flatten(0, 1),
+    code = rate_distortion(
+        (rows / each).flatten(0, 1), second_moment=moment, lam=lam, step=1.0,
+        unit_weight=view.units(units, rows).reshape(-1) * steps**2,
+        mask=view.rows(mask).flatten(0, 1),
     )  # fmt: skip
-    return Codes(view.weight(symbols.symbols, weight.shape), steps, "channel"), energy
+    return Codes(view.weight(code.symbols, weight.shape), steps, "channel")
 
 
 NEXT = ((0, 2), (2, 0), (1, 3), (3, 1))
@@ -106,9 +108,9 @@ class Trellis:
     def __call__(
         self, view: View, weight: Tensor, mask: Tensor, moment: Tensor, units: Tensor, lam: float,
         step: float | None = None,
-    ) -> tuple[Codes, Tensor]:  # fmt: skip
+    ) -> Codes:  # fmt: skip
         """As ``ratedistortion.coded``; symbols are multiples of the step."""
-        plain, energy = ratedistortion.coded(view, weight, mask, moment, units, lam)
+        plain = ratedistortion.coded(view, weight, mask, moment, units, lam)
         grid = storable(plain.grid * self.scale)
         rows, step = view.rows(weight).flatten(0, 1), float(grid)
         second, weights, order = ratedistortion._problem(rows, moment, units)
@@ -128,7 +130,7 @@ class Trellis:
             )
         self.bits += tables.total(chosen, states, kept)
         symbols = torch.from_numpy(chosen.T[:, order.argsort()].copy()).int()
-        return Codes(view.weight(symbols, weight.shape), grid, "uniform"), energy
+        return Codes(view.weight(symbols, weight.shape), grid, "uniform")
 
 
 class _Tables:
@@ -252,13 +254,13 @@ class Entropy:
     def __init__(self) -> None:
         self.bits = 0.0
 
-    def __call__(self, *arguments: Any, **named: Any) -> tuple[Codes, Tensor]:
+    def __call__(self, *arguments: Any, **named: Any) -> Codes:
         """See ``ratedistortion.coded``."""
-        codes, energy = ratedistortion.coded(*arguments, **named)
+        codes = ratedistortion.coded(*arguments, **named)
         top = int(codes.symbols.abs().max())
         lengths = code_lengths(codes.symbols, top)
         self.bits += float(lengths[(codes.symbols + top).long()].sum())
-        return codes, energy
+        return codes
 
 
 class Trial:
@@ -281,7 +283,7 @@ class Trial:
         """The same, its size what the codes of all layers take by their distributions."""
         with coding(way):
             found = self.file(ROOT, price)
-        return found | {FILE: way.bits / 8}
+        return found | {FILE: math.ceil(way.bits / 8)}
 
     def coded_by(self, way: Callable, price: float) -> dict:
         """A file of which layers are coded in another way."""
@@ -308,6 +310,8 @@ class Trial:
     def variants(self) -> dict[str, Callable[[float], dict]]:
         """By name: from a price to a file. ``AGAINST`` says what each is compared with."""
         found: dict[str, Callable[[float], dict]] = {"all units alike": partial(self.file, "alike")}
+        found[PLAIN] = lambda price: self.by_entropy(Entropy(), price)
+        found["dependent quantization"] = lambda price: self.by_entropy(Trellis(SCALE), price)
         for what, plain in (("relevance", LRP), ("Fisher information", "fisher")):
             for power, change in POWERS.items():
                 found[f"{what}, power {power}"] = partial(self.file, change + plain)
@@ -318,8 +322,6 @@ class Trial:
         found["the network's own classes for labels"] = self.predicted
         for count in COUNTS[: 3 if self.case.model == "resnet20" else 4]:
             found[f"{count} images of each class"] = partial(self.referring, count, ROOT)
-        found[PLAIN] = lambda price: self.by_entropy(Entropy(), price)
-        found["dependent quantization"] = lambda price: self.by_entropy(Trellis(SCALE), price)
         return found
 
 
@@ -329,13 +331,15 @@ def against(variant: str) -> str:
 
 
 def rates(table: pd.DataFrame) -> pd.DataFrame:
-    """BD-rates of all variants, by points of validation accuracy lost."""
-    lost = {"test_accuracy": "val_accuracy", "base_test_accuracy": "base_val_accuracy"}
-    chosen = table.drop(columns=[*lost], errors="ignore").rename(
-        columns={value: key for key, value in lost.items()}
-    )
+    """BD-rates by points of validation accuracy lost, of variants that ran at all prices."""
+    asked = table["model"].map(PRICES)
+    done = pd.Series([k in ks for k, ks in zip(table["knob"], asked, strict=True)], table.index)
+    table = table[done]
+    counts = table.groupby(KEY)["knob"].transform("nunique")
+    lost = {"val_accuracy": "test_accuracy", "base_val_accuracy": "base_test_accuracy"}
+    chosen = table[counts == table["model"].map(PRICES).map(len)].rename(columns=lost)
     names = chosen["recipe"].unique()
-    pairs = [(name, against(name)) for name in names if against(name) != name != PLAIN]
+    pairs = [(name, against(name)) for name in names if name not in (USUAL, PLAIN)]
     return bd_rates(chosen, pairs)
 
 
