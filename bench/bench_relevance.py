@@ -33,10 +33,15 @@ from study.networks import build
 from study.records import provenance
 
 OUTPUT = Path(__file__).parents[1] / "results/bench/relevance.csv"
-REPEATS = 3
-SIZES = [50 * 2**k for k in range(4)]  # images, for the growth of time
+BATCH, REPEATS = 50, 3
+SIZES = [BATCH * 2**k for k in range(4)]  # images, for the growth of time
 # model: images at a time, and their side
-MODELS = {"resnet20": (50, 32), "vgg16": (50, 32), "vit_b_16": (8, 224), "convnext_tiny": (8, 224)}
+MODELS = {
+    "resnet20": (BATCH, 32),
+    "vgg16": (BATCH, 32),
+    "vit_b_16": (8, 224),
+    "convnext_tiny": (8, 224),
+}
 # method: (rule, aggregate, highest ratio that is good enough)
 METHODS = {
     "epsilon, sum": ("epsilon", "sum", 1.15),
@@ -58,7 +63,7 @@ def problem(name, images):
 
 def train(model, images, labels):
     """Gradients of the loss for all weights, batch by batch."""
-    for x, y in zip(images.split(50), labels.split(50), strict=True):
+    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
 

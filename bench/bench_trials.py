@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.peers.run import PROVENANCE, appended
 from lib import Recipe, Repair, compress
 from lib.finetune import evaluate
 from lib.linear import View
@@ -31,6 +32,7 @@ from lib.prune import NonPositive
 from lib.quantize import Codes, Sequential, rate_distortion, ratedistortion, sequential
 from lib.quantize.codes import storable
 from lib.quantize.columns import code_lengths
+from lib.quantize.sizes import step_of
 from lib.score import CRITERIA, criterion
 from study import Case, Study
 from study.bdrate import bd_rates
@@ -52,8 +54,13 @@ SCALE = 0.56  # where the two grids of dependent quantization do about the damag
 USUAL = "relevance, power 1/2"
 KEY = ["dataset", "model", "seed", "recipe"]
 FILE = "file_bytes"
-PROVENANCE = ("commit", "code_changed_since", "python", "device", "cpu_capability", "threads")
 Array = NDArray[np.float64]
+
+
+def usual_step(view: View, weight: Tensor, moment: Tensor, units: Tensor, lam: float) -> float:
+    """That of the grid which ``ratedistortion.coded`` takes for a price."""
+    sample = ratedistortion._sample(view, weight, moment, units)
+    return float(storable(torch.tensor(step_of(lam, sample.cost, sample.largest))))
 
 
 def a_step_for_each_unit(
@@ -65,14 +72,14 @@ def a_step_for_each_unit(
     Unit k's step is in proportion to G_k^-power; the file stores each in two bytes.
     """
     rows = view.rows(weight)
-    scale = view.units(units, rows).double().clamp_min(1e-12) ** power
-    plain = ratedistortion.coded(view, weight, mask, moment, units, lam)
-    steps = float(plain.grid) * scale.log().mean().exp() / scale
+    each_unit = view.units(units, rows)
+    scale = each_unit.double().clamp_min(1e-12) ** power
+    steps = usual_step(view, weight, moment, units, lam) * scale.log().mean().exp() / scale
     steps = storable(steps.clamp_max(2.01 * float(weight.abs().max())).float())  # [units]
     each = steps.reshape(*rows.shape[:2], 1)
     code = rate_distortion(
         (rows / each).flatten(0, 1), second_moment=moment, lam=lam, step=1.0,
-        unit_weight=view.units(units, rows).reshape(-1) * steps**2,
+        unit_weight=each_unit * steps**2,
         mask=view.rows(mask).flatten(0, 1),
     )  # fmt: skip
     return Codes(view.weight(code.symbols, weight.shape), steps, "channel")
@@ -110,8 +117,8 @@ class Trellis:
         step: float | None = None,
     ) -> Codes:  # fmt: skip
         """As ``ratedistortion.coded``; symbols are multiples of the step."""
-        plain = ratedistortion.coded(view, weight, mask, moment, units, lam)
-        grid = storable(plain.grid * self.scale)
+        usual = usual_step(view, weight, moment, units, lam)
+        grid = storable(torch.tensor([usual * self.scale]))
         rows, step = view.rows(weight).flatten(0, 1), float(grid)
         second, weights, order = ratedistortion._problem(rows, moment, units)
         assert len(second) == 1, "grouped layers are not coded by this trial"
@@ -281,9 +288,7 @@ class Trial:
 
     def by_entropy(self, way: Any, price: float) -> dict:
         """The same, its size what the codes of all layers take by their distributions."""
-        with coding(way):
-            found = self.file(ROOT, price)
-        return found | {FILE: math.ceil(way.bits / 8)}
+        return self.coded_by(way, price) | {FILE: math.ceil(way.bits / 8)}
 
     def coded_by(self, way: Callable, price: float) -> dict:
         """A file of which layers are coded in another way."""
@@ -294,7 +299,7 @@ class Trial:
         """Units weighed anew in the network that was read from a first file."""
         network = self.file(ROOT, price)["compressed"].to_model(self.model)
         again = criterion(ROOT).units(network, self.images, self.labels)
-        fixed = replace(CRITERIA[LRP], name="again", unit_function=lambda *_: again, changes=())
+        fixed = replace(CRITERIA[LRP], name="again", unit_function=lambda *_: again)
         return self.file(fixed, price)
 
     def predicted(self, price: float) -> dict:
@@ -308,7 +313,7 @@ class Trial:
         return self.file(by, price, *self.study.references(self.case, per_class))
 
     def variants(self) -> dict[str, Callable[[float], dict]]:
-        """By name: from a price to a file. ``AGAINST`` says what each is compared with."""
+        """By name: from a price to a file. ``against`` says what each is compared with."""
         found: dict[str, Callable[[float], dict]] = {"all units alike": partial(self.file, "alike")}
         found[PLAIN] = lambda price: self.by_entropy(Entropy(), price)
         found["dependent quantization"] = lambda price: self.by_entropy(Trellis(SCALE), price)
@@ -362,8 +367,7 @@ def main(profile: str = "paper", datasets: str = "") -> None:
                 row |= {key: found[key] for key in (FILE, "val_accuracy")}
                 made = provenance(start)
                 row |= {"base_val_accuracy": base} | {key: made[key] for key in PROVENANCE}
-                new = pd.DataFrame([row])
-                table = pd.concat([table, new], ignore_index=True) if len(table) else new
+                table = appended(table, row)
                 write(path, table.to_csv(index=False))
     write(study.results / "trials-rates.csv", rates(table).to_csv(index=False))
 

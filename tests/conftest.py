@@ -1,6 +1,7 @@
 """Small networks and data that several test modules use."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -30,6 +31,20 @@ def references(digits):
 def trained(digits):
     """A ResNet with BatchNorm, trained for a moment: not good, but not random either."""
     return fit(build("resnet8"), *digits, epochs=3, lr=0.1, batch_size=64)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Knob and file of all that is encoded, in turn."""
+    module, files = sys.modules["lib.compress"], []
+    whole = module.encode
+
+    def noted(prepared, recipe):
+        files.append((recipe.store.value, whole(prepared, recipe)))
+        return files[-1][1]
+
+    monkeypatch.setattr(module, "encode", noted)
+    return files
 
 
 @pytest.fixture(scope="session")

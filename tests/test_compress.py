@@ -1,7 +1,6 @@
 """The pipeline: from a network and a recipe to a file, and the search for a budget."""
 
 import copy
-import sys
 import warnings
 from dataclasses import replace
 
@@ -171,20 +170,6 @@ def test_a_sound_result_is_silent(trained, references):
         lost = evaluate(trained, *data) - evaluate(file.to_model(trained), *data)
         kind = f"{type(store).__name__}, {len(data[1])} images"
         assert_below(lost, advice.FAR, f"points that a sound file loses, {kind}")
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Knob and file of all that is encoded, in turn."""
-    module, files = sys.modules["lib.compress"], []
-    whole = module.encode
-
-    def noted(prepared, recipe):
-        files.append((recipe.store.value, whole(prepared, recipe)))
-        return files[-1][1]
-
-    monkeypatch.setattr(module, "encode", noted)
-    return files
 
 
 @pytest.mark.parametrize("name", ["lrp-rd", "lrp-gradual", "deeplift-baseline", "uniform"])

@@ -1,7 +1,6 @@
 """The search for a budget: what it finds, and how many files it takes."""
 
 import math
-import sys
 
 import pytest
 from spread import assert_above, assert_below
@@ -17,22 +16,8 @@ from study.training import fit
 pytestmark = pytest.mark.filterwarnings("ignore:compression took:UserWarning")
 
 
-@pytest.fixture
-def files(monkeypatch):
-    """All files that are made."""
-    module, made = sys.modules["lib.compress"], []
-    whole = module.encode
-
-    def counted(*arguments):
-        made.append(whole(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(module, "encode", counted)
-    return made
-
-
 @pytest.mark.parametrize("name", ["resnet8", "lenet300"])
-def test_a_budget_of_bytes_takes_at_most_three_files(name, trained, digits, references, files):
+def test_a_budget_of_bytes_takes_at_most_three_files(name, trained, digits, references, made):
     """But where they leave more than a tenth of it, which they hardly do."""
     model = trained
     if name == "lenet300":  # inputs alike, so that a price buys far fewer bits
@@ -40,24 +25,24 @@ def test_a_budget_of_bytes_takes_at_most_three_files(name, trained, digits, refe
     floats = sum(4 * value.numel() for value in model.state_dict().values())
     used = []
     for ratio in (4, 8, 16, 32):
-        files.clear()
+        made.clear()
         assert compress(model, *references, ratio=ratio).nbytes <= floats / ratio
-        shares = [file.nbytes * ratio / floats for file in files[: search.FILES]]
+        shares = [file.nbytes * ratio / floats for _, file in made[: search.FILES]]
         used.append(max((share for share in shares if share <= 1), default=0.0))
-        assert len(files) <= search.FILES or used[-1] <= math.exp(-search.FAR)
+        assert len(made) <= search.FILES or used[-1] <= math.exp(-search.FAR)
     mean = sum(used) / len(used)
     assert_above(mean, 1 - search.FAR, f"share of a budget that three files use, mean, {name}")
 
 
-def test_max_drop_is_met_on_the_validation_split(trained, references, validation, files):
+def test_max_drop_is_met_on_the_validation_split(trained, references, validation, made):
     base = evaluate(trained, *validation)
-    found, made = [], []
+    found, counts = [], []
     for drop in (5.0, 0.5, 0):
-        files.clear()
+        made.clear()
         found.append(compress(trained, *references, "lrp-rd", val=validation, max_drop=drop))
-        made.append(len(files))
+        counts.append(len(made))
     bisection = len(RateDistortion.settings).bit_length()
-    assert max(made) <= bisection + search.SPARE
+    assert max(counts) <= bisection + search.SPARE
     small, exact, none = found
     assert evaluate(small.to_model(trained), *validation) >= base - 5.0
     assert evaluate(exact.to_model(trained), *validation) >= base - 0.5

@@ -129,6 +129,13 @@ def named(settings: dict) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def appended(table: pd.DataFrame, row: dict) -> pd.DataFrame:
+    """A table and one more row."""
+    new = pd.DataFrame([row])
+    # an empty table has no kinds of columns yet, and would make whole numbers decimals
+    return pd.concat([table, new], ignore_index=True) if len(table) else new
+
+
 class Log:
     """Rows of one base network, in a file that is written whole after each."""
 
@@ -158,9 +165,7 @@ class Log:
 
     def add(self, row: dict) -> None:
         """Append a row."""
-        new = pd.DataFrame([row])
-        # an empty table has no kinds of columns yet, and would make whole numbers decimals
-        self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
+        self.table = appended(self.table, row)
         self.save()
 
     def save(self) -> None:
