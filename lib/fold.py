@@ -148,7 +148,7 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     if images is None:
         pairs = {norm: layer for norm, layer in pairs.items() if _is_torchs(model, norm)}
         if any(isinstance(model.get_submodule(layer), nn.Linear) for layer in pairs.values()):
-            sure = sure_of_axis(copy.deepcopy(network))
+            sure = sure_of_axis(_sharing(network))
             pairs = {norm: layer for norm, layer in pairs.items() if layer in sure}
         return Folded(model, as_linear(_fuse(network, pairs), own), pairs, own)
     if not (pairs or own):
@@ -161,7 +161,7 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
         done: dict[str, Any] = {}
         for some in (wanted, *({path: what} for path, what in wanted.items())):
             if some and not done.keys() >= some.keys():
-                changed = change(copy.deepcopy(network), some)
+                changed = change(_sharing(network), some)
                 if _gives(changed, images, before):
                     network, done = changed, done | some
         return done
@@ -214,9 +214,13 @@ def _turned(name: str, entry: Any) -> Any:
     return replace(entry, symbols=entry.symbols.mT, tiers=tiers)
 
 
+def _sharing(network: nn.Module) -> nn.Module:
+    """A copy of the modules, of the same parameters: what a forward keeps stays in the copy."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters()})
+
+
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
-    # a copy runs, since a forward may keep what it computed
-    outputs = probed(copy.deepcopy(network), images[:COMPARED])
+    outputs = probed(_sharing(network), images[:COMPARED])
     return torch.cat([t.flatten(1) for t in tensors(outputs) if t.is_floating_point()], 1)
 
 

@@ -23,6 +23,7 @@ Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | Transposed
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *TRANSPOSED)
 POSITIONS = 1024  # of a convolution's output that moments are taken from in one image
+PORTION = 2**23  # values of patches held at a time: of more, the system's paging costs most
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,30 @@ def patches_of(layer: Any, inputs: Tensor, few: bool = False) -> Tensor:
     """
     scale = 1.0
     if isinstance(layer, nn.Linear):
-        columns = inputs.reshape(1, -1, inputs.shape[-1]).mT
+        columns, k = inputs.reshape(1, -1, inputs.shape[-1]).mT, 0
     else:
         columns, k = _convolved(layer, inputs), len(layer.kernel_size)
         if few:
             *where, scale = chosen(columns.shape[2 : 2 + k])
             columns = columns[(slice(None), slice(None), *where)]
             k = k if scale == 1 else 1
-        # [images, groups, channels, *places, *taps] -> [groups, channels · taps, images · places]
+        # [images, groups, channels, *places, *taps] -> [groups, channels, *taps, images, *places]
         columns = columns.unflatten(1, (layer.groups, -1))
         columns = columns.permute(1, 2, *range(3 + k, columns.dim()), 0, *range(3, 3 + k))
-        columns = columns.flatten(-1 - k).flatten(1, -2)
-    columns = F.pad(columns, (0, 0, 0, 1), value=1)
-    return columns if scale == 1 else columns * scale
+    taps, places = columns.shape[1 : -1 - k], columns.shape[-1 - k :]
+    patches = inputs.new_empty(len(columns), taps.numel() + 1, places.numel())
+    patches[:, :-1].unflatten(1, taps).unflatten(-1, places).copy_(columns)
+    patches[:, -1] = 1
+    return patches if scale == 1 else patches.mul_(scale)
+
+
+def portion(layer: Any, inputs: Tensor) -> int:
+    """Images whose patches are held at a time, all of ``few``."""
+    inside = inputs[0].numel()
+    if not isinstance(layer, nn.Linear):  # about: strides and padding aside
+        places = min(POSITIONS, inside // len(inputs[0]))
+        inside = len(inputs[0]) * math.prod(layer.kernel_size) * places
+    return max(1, PORTION // max(1, inside))
 
 
 def chosen(places: Iterable[int]) -> tuple[Any, ...]:
@@ -219,16 +231,30 @@ def gram(
     """Products of the inputs and a one, summed over positions [groups, d + 1, d + 1].
 
     Of convolutions over large images ``POSITIONS`` of each image stand for all; of more than
-    ``most`` inputs the first so many.
+    ``most`` inputs the channels that hold the first so many.
     """
     if isinstance(layer, nn.Embedding):
         counts = look_ups(layer, inputs).to(dtype or layer.weight.dtype)
         every = counts.sum().expand_as(counts)
         return torch.stack([counts, counts, counts, every], 1).unflatten(1, (2, 2))
-    patches = patches_of(layer, inputs, few=True).to(dtype or inputs.dtype)
-    if most is not None and patches.shape[1] > most + 1:
-        patches = torch.cat([patches[:, :most], patches[:, -1:]], 1)
-    return patches @ patches.mT
+    if most is not None and getattr(layer, "groups", 1) == 1:
+        channels = math.ceil(most / math.prod(getattr(layer, "kernel_size", ())))
+        axis = inputs.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        inputs = inputs.narrow(axis, 0, min(channels, inputs.shape[axis]))
+    patches = (patches_of(layer, i, few=True) for i in inputs.split(portion(layer, inputs)))
+    return torch.stack([squared(some.to(dtype or some.dtype)) for some in patches]).sum(0)
+
+
+def squared(rows: Tensor, size: int = 512) -> Tensor:
+    """``rows @ rows.mT`` of [groups, d, n], of which only what is needed of both halves."""
+    if rows.shape[1] <= size:
+        return rows @ rows.mT
+    product = rows.new_empty(*rows.shape[:2], rows.shape[1])
+    for start in range(0, rows.shape[1], size):
+        stop = start + size
+        product[:, start:stop, :stop] = rows[:, start:stop] @ rows[:, :stop].mT
+        product[:, :start, start:stop] = product[:, start:stop, :start].mT
+    return product
 
 
 def look_ups(layer: Any, inputs: Tensor) -> Tensor:

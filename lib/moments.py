@@ -121,7 +121,7 @@ def second_moment(
     moment = gram[:, :-1, :-1]
     if share is not None:
         total = gram[:, :-1, -1:]
-        moment = moment - total @ total.mT / gram[:, -1:, -1:]
+        moment = torch.baddbmm(moment, total, -total.mT / gram[:, -1:, -1:])
         if share and plain is not None:
             moment = moment + share * plain[:, :-1, :-1]
     return moment / images

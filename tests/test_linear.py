@@ -298,3 +298,42 @@ def test_some_positions_of_large_images_stand_for_all(make, monkeypatch):
     torch.testing.assert_close(
         results[1][3], results[0][3], rtol=1e-5, atol=0
     )  # in all, positions count as before
+
+
+@pytest.mark.parametrize("width", [5, 12, 13, 30])
+def test_products_of_both_halves_from_one(width):
+    torch.manual_seed(0)
+    rows = torch.randn(2, width, 7, dtype=torch.float64)
+    product = linear.squared(rows, size=6)
+    assert torch.allclose(product, rows @ rows.mT, atol=1e-12)
+    assert torch.equal(product, product.mT)
+
+
+@pytest.mark.parametrize("case", ["linear", "convolution", "transposed", "groups"])
+def test_moments_of_the_first_inputs_are_a_part_of_all(case):
+    torch.manual_seed(0)
+    layer, shape = {
+        "linear": (nn.Linear(9, 4), (3, 9)),
+        "convolution": (nn.Conv2d(6, 4, 3, padding=1), (3, 6, 5, 5)),
+        "transposed": (nn.ConvTranspose2d(6, 4, 2), (3, 6, 5, 5)),
+        "groups": (nn.Conv2d(6, 4, 3, groups=2), (3, 6, 5, 5)),  # each reads few: left whole
+    }[case]
+    images = torch.randn(shape)
+    for centered in (False, True):
+        some = input_moments(nn.Sequential(layer), images, centered=centered, most=5)["0.weight"]
+        whole = input_moments(nn.Sequential(layer), images, centered=centered)["0.weight"]
+        inputs = {"linear": 5, "convolution": 9, "transposed": 8, "groups": 27}[case]
+        assert some.shape[-1] == inputs
+        assert torch.allclose(some, whole[..., :inputs, :inputs], atol=1e-5)
+
+
+@pytest.mark.parametrize("portion", [1, 10**9])
+def test_images_may_be_looked_at_in_portions(portion, monkeypatch):
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(7, 3, 6, 6).double() + 1
+    missing = torch.randn_like(layer(images))
+    monkeypatch.setattr(linear, "PORTION", portion)
+    patches, problem = linear.patches_of(layer, images), equations(layer, centre=True)
+    problem.add(images, missing)
+    assert torch.allclose(problem.plain(), patches @ patches.mT)
+    assert torch.allclose(linear.gram(layer, images), patches @ patches.mT)

@@ -243,6 +243,20 @@ def test_units_that_matter_are_coded_more_exactly():
     assert not dead.symbols.any()
 
 
+@pytest.mark.parametrize("together", [0, 0.5], ids=["each input apart", "together"])
+def test_codes_do_not_depend_on_the_unit_of_damage(together):
+    torch.manual_seed(0)
+    weight, deviation = torch.randn(40, 30), torch.rand(30) + 0.5
+    moment = (together + (1 - together) * torch.eye(30)) * torch.outer(deviation, deviation)
+    lam = 0.05 * quantize.energy(weight, moment) / weight.numel()
+    found = [
+        quantize.rate_distortion(weight, second_moment=unit * moment, lam=unit * lam)
+        for unit in (2**-6, 1, 2**6)
+    ]
+    assert 0.1 < float((found[1].symbols != 0).float().mean()) < 0.9
+    assert all(torch.equal(codes.symbols, found[1].symbols) for codes in found)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -114,6 +114,21 @@ def test_conjugate_gradients_in_float32(monkeypatch):
     assert fits[1] == pytest.approx(fits[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("smallest", [-1, -14])
+def test_a_dense_layer_is_solved_in_float32_where_that_is_enough(smallest, monkeypatch):
+    """Where it is not, since the equations are near singular, in float64."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64)).Q
+    gram = turn @ torch.diag(torch.logspace(0, smallest, 60, dtype=torch.float64)) @ turn.mT
+    residual, kept = torch.randn(20, 60, dtype=torch.float64) @ gram, torch.ones(20, 60) > 0
+    exact = leastsquares._solve(gram, kept, residual)
+    monkeypatch.setattr(leastsquares, "LARGE", 10)
+    found = leastsquares._solve(gram, kept, residual)
+    assert torch.equal(found, exact) == (smallest == -14)
+    cost = [float(((x @ gram - 2 * residual) * x).sum()) for x in (found, exact)]
+    assert cost[0] == pytest.approx(cost[1], rel=1e-6)
+
+
 def test_bias_correction_matches_the_means(network):
     dense, masks, images = network
     rough = masking.apply(

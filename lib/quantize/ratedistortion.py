@@ -224,8 +224,8 @@ def rate_distortion(
     symbols, damage = scaled.round() * kept, units.reshape(groups, 1, -1) * step**2
     for turn in range(2 + SWEEPS):
         before, bits = symbols, lam * code_lengths(symbols, top)
-        quadratic = factor if turn < 2 else moment
-        symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits)
+        quadratic, triangular = (factor, True) if turn < 2 else (moment, False)
+        symbols = code_columns(scaled, symbols, kept, quadratic, damage, bits, triangular)
         if turn > 1 and (symbols != before).float().mean() < 0.01:
             break
     back = order.argsort()

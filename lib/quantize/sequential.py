@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import moments
 from ..attention import opened, views_of
 from ..leastsquares import equations
-from ..linear import Layer, Place, Projection, View, bias_of, layers_of, units_of, watch
+from ..linear import Layer, Place, Projection, View, bias_of, layers_of, watch
 from ..lockstep import change_in_order, plan
 from ..progress import done
 from ..prune import Removed
@@ -24,6 +24,7 @@ from .sizes import Problem
 from .uniform import uniform
 
 WIDE = 5000  # inputs of a linear layer beyond which they are coded in parts, one after the other
+ENOUGH = 1000  # inputs of a unit by which a price's size is guessed
 MAX_ALPHABET = 2**16  # symbols of all tiers together that a file can hold
 
 
@@ -78,7 +79,7 @@ class Sequential(RateDistortion):
         """By the moments of inputs in the network before it is coded, which come near."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the file itself will warn
-            seen = moments.input_moments(removed.network, images, centered=True, most=WIDE)
+            seen = moments.input_moments(removed.network, images, centered=True, most=ENOUGH)
         return super().expected(removed, replace(prepared, moments=seen), images)
 
     def store(
@@ -187,11 +188,16 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
             squares = output.double().square().sum(-1).flatten()
             now = z.index_add_(1, inputs[0].flatten(), torch.stack([0 * squares, squares, squares]))
         else:
-            z = units_of(layer, output).double()  # [groups, rows, p]
-            if layer.bias is not None:
-                z = z - layer.bias.double().reshape(len(z), -1, 1)
-            now = torch.stack([z.sum(2), z.square().sum(2), torch.ones_like(z).sum(2)])
-        now = now.flatten(1).cpu()
+            linear = isinstance(layer, nn.Linear)
+            z = (output.flatten(0, -2).unsqueeze(-1) if linear else output.flatten(2)).double()
+            first, second = z.sum(2).sum(0), torch.linalg.vector_norm(z, dim=2).square().sum(0)
+            count = torch.full_like(first, z.numel() / len(first))
+            if layer.bias is not None:  # without it
+                bias = layer.bias.double()
+                second += bias * (count * bias - 2 * first)
+                first -= count * bias
+            now = torch.stack([first, second, count])  # [3, units]
+        now = now.cpu()
         sums[path] = sums[path] + now if path in sums else now
 
     watch(network, images, layers, add)
