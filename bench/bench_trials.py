@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from bench.peers.run import PROVENANCE, appended
 from lib import Recipe, Repair, compress
+from lib.codes import storable
 from lib.finetune import evaluate
 from lib.linear import View
 from lib.prune import NonPositive
 from lib.quantize import Codes, Sequential, rate_distortion, ratedistortion, sequential
-from lib.quantize.codes import storable
 from lib.quantize.columns import code_lengths
 from lib.quantize.sizes import step_of
 from lib.score import CRITERIA, criterion

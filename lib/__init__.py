@@ -3,14 +3,15 @@
 To read first: ``compress`` (remove -> repair -> quantize -> file), then ``score`` (images to
 scores), then ``prune`` (scores to masks). The rooms, each using only those above it:
 
-- ``files``, ``codec``: codes to a checked file and back
-- ``fold``: BatchNorm folded once on entry, unfolded once at the end
+- ``fields``, ``files``, ``progress``, ``inputs``: what users give, checked
+- ``codes``, ``codec``: codes to a checked file and back
+- ``batchnorm``, ``dense``, ``fold``: BatchNorm folded once on entry, unfolded once at the end
+- ``linear``, ``attention``, ``moments``, ``leastsquares``, ``lockstep``: layers as linear maps
 - ``relevance``, ``baselines``, ``score``: images to scores
-- ``masks``, ``prune``: scores to masks
-- ``moments``, ``leastsquares``, ``repair``, ``lockstep``, ``finetune``: what is kept is repaired
-- ``quantize``: weights, and what they matter, to codes
-- ``recipe``, ``search``, ``compress``: the one pipeline
-- ``onnx``: decoded networks for other runtimes
+- ``finetune``, ``masks``, ``prune``: scores to masks
+- ``repair``, ``quantize``: what is kept is repaired, and coded by what it matters
+- ``recipe``, ``search``, ``advice``, ``compress``: the one pipeline
+- ``onnx_int8``, ``onnx``: decoded networks for other runtimes
 """
 
 from .codec import Compressed, CompressedFileError

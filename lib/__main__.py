@@ -11,7 +11,7 @@ from torch import Tensor
 from .codec import Compressed, CompressedFileError
 from .codec.container import Entry, decode, shape_of
 from .codec.summary import aligned
-from .quantize import Codes
+from .codes import Codes
 
 INSPECT = """For each quantized weight: the kind of its codes with the number of grid values, its
 shape, the weights kept, bits a weight, bytes and share of the file; then all other entries, remarks

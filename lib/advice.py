@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .codec import Compressed, identity
 from .finetune import evaluate
-from .inputs import tensors_of
+from .inputs import copied, tensors_of
 from .prune import Removed
 
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
@@ -44,7 +44,7 @@ def warn_of_unscored(removed: Removed, result: Compressed) -> None:
 
 def warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels: Tensor) -> None:
     """Warn where much accuracy on the reference images is lost, or was never there."""
-    before = evaluate(model, images, labels)
+    before = evaluate(copied(model), images, labels)  # a forward may change what it runs on
     after = evaluate(result.to_model(model), images, labels)
     chance = 100 * float(labels.bincount().max()) / len(labels)
     if before <= chance + FAR / 2 < 100:

@@ -18,11 +18,11 @@ from . import progress as reporting
 from . import repair
 from .advice import float_bytes, tensors_of, warn_if_ruined, warn_of_unscored
 from .codec import Compressed
+from .codes import halved
 from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
 from .inputs import Output, check_logits, check_model, check_samples, copied, probed, unwrapped
 from .prune import Removed
-from .quantize.codes import halved
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
 from .search import Budget, most_accurate_within, smallest_within

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inputs import evaluating, own, ready, split
+from .inputs import evaluating, own, split
 
 OPTIMISERS = {
     "adam": (torch.optim.Adam, 1, {}),
@@ -160,5 +160,5 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     correct = 0
     with evaluating(model):
         for x, y in zip(split(images, batch_size), split(labels, batch_size), strict=True):
-            correct += int((model(ready(x, model)).argmax(1).cpu() == y.cpu()).sum())
+            correct += int((model(own(x, model)).argmax(1).cpu() == y.cpu()).sum())
     return 100 * correct / len(labels)

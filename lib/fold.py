@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .batchnorm import BATCHNORMS, FOLDABLE, TRANSPOSED, batchnorm_pairs, sure_of_axis
+from .codec import Constant
 from .dense import as_linear, dense_layers
 from .inputs import HALVES, copied, probed, tensors
 
@@ -83,8 +84,6 @@ class Folded:
             Content for ``model.state_dict()``, in its order: folded BatchNorms only shift, by the
             bias of their layer, and that bias, where the model has one, is zero.
         """
-        # Here, since codes come from quantizers that ask for relevance, which folds.
-        from .codec import Constant
 
         def filled(value: float, like: Tensor) -> Constant:
             return Constant(torch.tensor(value, dtype=like.dtype), tuple(like.shape))
@@ -153,6 +152,7 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
         return Folded(model, as_linear(_fuse(network, pairs), own), pairs, own)
     if not (pairs or own):
         return Folded(model, network, {})
+    images = images[: 32 * COMPARED if own else COMPARED]  # more where a layer is only guessed
     before = _outputs(network, images)
 
     def kept(change: Callable, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _sharing(network: nn.Module) -> nn.Module:
 
 
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
-    outputs = probed(_sharing(network), images[:COMPARED])
+    outputs = probed(_sharing(network), images)
     return torch.cat([t.flatten(1) for t in tensors(outputs) if t.is_floating_point()], 1)
 
 

@@ -135,7 +135,8 @@ def check_samples(images: Any, labels: Any) -> None:
         shape = tuple(labels.shape)
         remedy = ""
         if labels.dim() == 2 and len(labels) == len(images):
-            remedy = ", as if one-hot: give the numbers of the classes, labels.argmax(1)"
+            how = ", as if one-hot: {}argmax(1)" if labels.shape[1] > 1 else ": {}flatten()"
+            remedy = how.format("give the numbers of the classes, labels.")
         raise ValueError(f"{len(images)} images but labels of shape {shape}{remedy}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError("labels must be integers, the true classes: use labels.long()")
@@ -207,13 +208,8 @@ def own(batch: Tensor, network: nn.Module) -> Tensor:
     if batch.is_floating_point() and dtypes and batch.dtype not in dtypes:
         batch = batch.to(dtypes[0])
     device = next((p.device for p in network.parameters()), batch.device)
-    return batch.to(device).clone()
-
-
-def ready(batch: Tensor, network: nn.Module) -> Tensor:
-    """The same in the layout in which convolutions are fastest."""
-    batch = own(batch, network)
-    return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
+    # In the usual layout: in another, a forward that asks for a view of its activations fails.
+    return batch.to(device).clone(memory_format=torch.contiguous_format)
 
 
 def batched(count: int, size: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fold import TRANSPOSED
-from .inputs import FullPrecision, full_precision, ready, split
+from .inputs import FullPrecision, full_precision, own, split
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | Transposed
@@ -296,4 +296,4 @@ def watch(
     """Run a model on images, in batches, with a hook as of ``hooked`` on the layers named."""
     with hooked(model, names, hook), torch.no_grad():
         for batch in split(images, batch_size):
-            model(ready(batch, model))
+            model(own(batch, model))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import ready, tensors
+from .inputs import own, tensors
 from .linear import Layer, hooked, layers_of
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -48,7 +48,7 @@ def plan(model: nn.Module, images: Tensor) -> Plan:
     probe = _Probe()
     layers = layers_of(model)
     with torch.no_grad(), hooked(model, layers, probe.layer), probe:
-        model(ready(images, model))
+        model(own(images, model))
     calls = Counter(name for name, _ in probe.outputs)
     found = Plan([name for name, _ in probe.outputs if calls[name] == 1], set())
     sizes = {name: layers[name].weight.numel() for name in found.layers}
@@ -78,16 +78,17 @@ class _Probe(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         read = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
+        given = [(t, t._version) for t in tensors((args, kwargs or {}))]
         result = func(*args, **(kwargs or {}))
-        in_place = name.endswith("_") and not name.startswith("__") or name.startswith("__i")
+        changed = [t for t, version in given if t._version != version]
         same = bool(args) and result is args[0]
-        if name != "__get__" and (in_place or not same):  # dropout returns what it was given
+        if name != "__get__" and (changed or not same):  # dropout returns what it was given
             self.readers.update(read)
         sums = read and name in SUMS and not kwargs
         if sums and [t.shape for t in tensors(args)] == [result.shape] * 2:
             self.sums.append(read)
-        if same and in_place:
-            self.names.pop(id(result), None)  # no longer what the layer gave
+        for tensor in changed:
+            self.names.pop(id(tensor), None)  # no longer what the layer gave
         return result
 
 
@@ -114,7 +115,7 @@ def change_in_order(
     with _Dense(dense, images, names, route.branch_ends).started() as targets:
         run = _Changing(route.branch_ends, targets, change)
         with torch.no_grad(), hooked(network, names, run.layer), run:
-            network(ready(images, network))
+            network(own(images, network))
 
 
 class _Watch(TorchFunctionMode):
@@ -200,7 +201,7 @@ class _Dense(_Watch):
     def _run(self) -> None:
         try:
             with torch.no_grad(), hooked(self.model, self.names, self.layer), self:
-                self.model(ready(self.images, self.model))
+                self.model(own(self.images, self.model))
         except _Stopped:
             return
         except BaseException as error:  # handed to whoever waits for an output

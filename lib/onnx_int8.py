@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .codec import Compressed
 from .codec.container import Entry
-from .quantize import Codes
+from .codes import Codes
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INTEGER = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import opened
-from .inputs import check_images, ready, split
+from .inputs import check_images, own, split
 from .leastsquares import equations
 from .linear import Layer, Place, View, bias_of, hooked, layers_of, units_of, watch
 from .masks import Mask, masked
@@ -173,7 +173,7 @@ def _in_one_pass(
 
     for model, hook in ((dense, keep), (repaired, replace)):
         with hooked(model, names, hook):
-            model(ready(images, model))
+            model(own(images, model))
 
 
 def _statistics(layer: Layer, batches: Batches) -> list[tuple[Tensor, Tensor]]:
@@ -207,7 +207,7 @@ def _run(
     for batch in split(images, BATCH):
         seen.clear()
         with hooked(model, [name], hook), suppress(_Reached):
-            model(ready(batch, model))
+            model(own(batch, model))
         yield from list(seen)
 
 

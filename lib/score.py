@@ -11,7 +11,7 @@ shaped like its weight; the higher, the more important. Names are those of ``CRI
 - ``lrp-<rule>``, ``lrp-<rule>/<start>``, ``lrp-<rule>/<start>/<aggregate>``: relevance, with any
   rule, composite, start and aggregate of ``lib.relevance``, as in ``lrp-zplus/contrastive/abs``;
 - ``reversed:<criterion>``: ranks the other way around, ``shuffled:<criterion>``: the same values
-  dealt out at random (controls); ``root:<criterion>``, ``three-quarters:<criterion>``: powers.
+  dealt out at random (controls, as ``random``); ``root:<criterion>``, ``three-quarters:…``: powers.
 
 To add one: ``CRITERIA["mine"] = Criterion("mine", function)``, or pass the object itself.
 """

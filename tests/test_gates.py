@@ -81,6 +81,11 @@ SHAPES = {
     "one less": lambda g: 1 - g,
     "twice": lambda g: 2.0 * g,
     "buffer": lambda g: g * torch.tensor([1.0, 2.0, 3.0, 4.0]).double(),
+    "first chunk": lambda g: g.repeat(1, 2).chunk(2, 1)[0],
+    "unbound": lambda g: g[None].unbind()[0],
+    "turned twice": lambda g: -g.flip(1).roll(1, 1).roll(-1, 1).flip(1),
+    "mean": lambda g: g[:, None].repeat(1, 3, 1).mean(1),
+    "padded": lambda g: F.pad(g, (0, 2), value=0.5)[:, :4],
     "chunks": lambda g: torch.cat([g[:, :2], g[:, 2:]], 1),
 }
 

@@ -1,5 +1,6 @@
 """Networks changed layer by layer: the order, where branches end, what each layer is aimed at."""
 
+import copy
 import threading
 
 import pytest
@@ -101,6 +102,25 @@ def test_an_output_that_something_else_reads_ends_no_branch():
             return self.two(y + x) * y
 
     assert plan(Read().eval(), torch.randn(3, 4)).branch_ends == set()
+
+
+@pytest.mark.parametrize("act", [F.relu, F.silu, F.leaky_relu, F.hardswish])
+def test_an_output_that_is_changed_in_place_ends_no_branch(act):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.last = (nn.Conv2d(2, 2, 1) for _ in range(3))
+
+        def forward(self, x):
+            h = self.stem(x)
+            return self.last(h + act(self.inner(h), inplace=True))
+
+    dense, images = Block().eval(), torch.randn(4, 2, 3, 3)
+    assert plan(dense, images).branch_ends == set()
+    network = copy.deepcopy(dense)
+    change_in_order(dense, network, images, {"stem", "inner", "last"}, lambda *_: None)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), dense(images))
 
 
 def test_scaled_and_broadcast_sums_end_no_branch():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from lib import compress
@@ -287,3 +288,105 @@ def test_a_part_of_a_parameter_of_no_layer_carries_relevance_and_has_none():
     scores = weight_relevance(model, x, y[:1])
     assert set(scores) == {"a.weight", "c.weight"}
     torch.testing.assert_close(scores, {name: expected[name] for name in scores})
+
+
+PRODUCTS = {
+    "broadcast": lambda h, w: (h[:, None] * (1 * w)[None]).sum(-1),
+    "batched": lambda h, w: (w.unsqueeze(0) @ h[:, :, None])[:, :, 0],
+    "einsum over heads": lambda h, w: torch.einsum("bi,kmi->bkm", h, w.reshape(2, 3, 6)).flatten(1),
+    "row by row": lambda h, w: torch.stack([h @ w[i] for i in range(6)], 1),
+    "unbound": lambda h, w: torch.stack([h @ row for row in w.unbind()], 1),
+    "computed": lambda h, w: h @ (2 * w).t(),
+}
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_a_product_with_a_weight_is_linear_in_the_activation(how, aggregate):
+    """No half of the relevance goes astray where a weight is viewed or computed before."""
+    model, (x, y) = Net(lambda m, x: m.c(PRODUCTS[how](F.relu(m.a(x)), m.d.weight))), _data()
+    model.d = nn.Linear(6, 6).double()
+    scores = weight_relevance(model, x, y, aggregate=aggregate, batch_size=1)
+    for name, wanted in _expected(model, x, y, aggregate).items():
+        if name in ("a.weight", "c.weight", "d.weight"):
+            torch.testing.assert_close(scores[name], wanted)
+
+
+class Own(torch.autograd.Function):
+    """A linear layer that torch's functions do not show."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return x @ w.t() + b
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x, g.sum(0)
+
+
+def _reentrant(model, x):
+    return torch.utils.checkpoint.checkpoint(model.a, x, use_reentrant=True)
+
+
+UNSEEN = {
+    "own function": (
+        lambda m, x: Own.apply(x, m.a.weight, m.a.bias),
+        "the weight 'a.weight' moves",
+    ),
+    "checkpoint": (_reentrant, "weight 'a.weight' moves"),
+    "buffer": (lambda m, x: F.linear(x, m.same, m.a.bias), "shares the memory of .*'a.weight'"),
+    "number": (lambda m, x: m.a(x) * float(m.b(x).sum()), "'item'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_first_part_that_nobody_sees_is_refused(how):
+    function, said = UNSEEN[how]
+    model = Net(lambda m, x: m.c(F.relu(function(m, x))))
+    if how == "buffer":
+        model.register_buffer("same", model.a.weight.data, persistent=False)
+    with pytest.raises(UnsupportedLayerError, match=said):
+        weight_relevance(model, *_data())
+
+
+SAME = {
+    "bound": (lambda h, g: h.clamp(max=g), lambda h, g: torch.minimum(h, g)),
+    "gain": (
+        lambda h, g: F.layer_norm(h, (6,), g.mean(0)),
+        lambda h, g: F.layer_norm(h, (6,)) * g.mean(0),
+    ),
+    "sum by name": (lambda h, g: torch.add(input=h, other=g), lambda h, g: h + g),
+    "product by name": (lambda h, g: torch.mul(input=h, other=g), lambda h, g: h * g),
+    "choice by name": (
+        lambda h, g: torch.where(condition=h > 0, input=h, other=g),
+        lambda h, g: torch.where(h > 0, h, g),
+    ),
+    "power by name": (lambda h, g: g + torch.pow(input=h, exponent=2), lambda h, g: g + h**2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_two_ways_to_write_the_same_have_the_same_relevance(how):
+    found = [
+        weight_relevance(Net(lambda m, x, f=f: m.c(f(m.a(x), m.b(x)))), *_data(), batch_size=5)
+        for f in SAME[how]
+    ]
+    assert all(found[1][name].any() for name in ("a.weight", "b.weight", "c.weight"))
+    torch.testing.assert_close(*found)
+
+
+def test_a_bias_that_is_an_activation_takes_its_share():
+    def forward(m, x):
+        h = F.relu(m.a(x))
+        return m.c(F.relu(F.linear(h, m.d.weight, m.e(h).mean(0))))
+
+    model, (x, y) = Net(forward), _data()
+    model.d, model.e = (nn.Linear(6, 6).double() for _ in range(2))
+    scores = weight_relevance(model, x, y, batch_size=len(x))
+    model(x).gather(1, y[:, None]).sum().backward()
+    for name in ("a", "d", "e", "c"):
+        weight = model.get_submodule(name).weight
+        torch.testing.assert_close(scores[f"{name}.weight"], (weight * weight.grad).detach())

@@ -2,12 +2,15 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import lib
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "lib").rglob("*.py"))
@@ -73,6 +76,26 @@ def installed(tmp_path_factory):
 
 def test_lib_imports_without_what_only_studies_and_onnx_files_need(tmp_path):
     python("-c", WITHOUT.format(blocked=OPTIONAL), cwd=tmp_path, path=ROOT)
+
+
+def test_rooms_use_only_those_that_the_package_names_above_them():
+    rooms = [
+        name
+        for line in lib.__doc__.splitlines() if line.startswith("- ")
+        for name in re.findall(r"``(\w+)``", line.partition(":")[0])
+    ]  # fmt: skip
+    inside = {path.relative_to(ROOT / "lib").parts[0].removesuffix(".py") for path in FILES}
+    assert len(rooms) == len(set(rooms)) and set(rooms) == inside - {"__init__", "__main__"}
+    found = set()
+    for path in FILES:
+        room, *within = path.relative_to(ROOT / "lib").with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if room in rooms and isinstance(node, ast.ImportFrom) and node.level == 1 + len(within):
+                for used in [node.module] if node.module else [name.name for name in node.names]:
+                    other = used.partition(".")[0]
+                    assert rooms.index(other) < rooms.index(room), f"{room} imports {other}"
+                    found.add((room, other))
+    assert {("compress", "fold"), ("quantize", "score"), ("fold", "codec")} <= found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -244,3 +244,66 @@ def test_outputs_that_hold_the_logits_are_told_by_output():
         one, other = compress(model, x, y, output=output, ratio=5), compress(plain, x, y, ratio=5)
         assert one.to_bytes() == other.to_bytes()
         assert not model._forward_hooks
+
+
+class Viewed(nn.Module):
+    """A forward that asks for a view of what a convolution puts out, as many do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 36, 3)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x)).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("recipe", ["lrp-sequential", "lrp-gradual-rd", "deeplift-baseline"])
+def test_a_view_of_activations_is_no_obstacle(recipe):
+    torch.manual_seed(0)
+    model, images = Viewed().eval(), torch.randn(90, 3, 6, 6)
+    data = images, model(images).argmax(1)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are noise
+            packed = compress(model, given, data[1], recipe, val=data)
+        assert packed.to_model(model)(images).isfinite().all()
+
+
+def test_a_forward_that_changes_its_own_weights_leaves_the_callers_alone():
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            self.a.weight.data.clamp_(-0.1, 0.1)
+            return self.b(F.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    model, (images, labels) = Clamped().eval(), _data()
+    before = copy.deepcopy(model.state_dict())
+    assert before["a.weight"].abs().max() > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compress(model, images, labels)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_layer_of_ones_own_that_is_linear_for_the_first_images_alone_is_not_replaced():
+    class Saturating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 20))
+
+        def forward(self, x):
+            return (x @ self.weight.t()).clamp(-30, 30)
+
+    torch.manual_seed(0)
+    model, (images, labels) = nn.Sequential(Saturating(), nn.Linear(4, 4)), _data()
+    images[20:] *= 50
+    forward, backward = (
+        weight_relevance(model, images[order], labels[order])
+        for order in (slice(None), torch.arange(len(images)).flip(0))
+    )
+    torch.testing.assert_close(forward, backward)

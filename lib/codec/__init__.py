@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..codes import Codes
 from ..files import write_bytes
 from ..inputs import copied, tensors_of, unwrapped
-from ..quantize import Codes
 from . import container
 from .container import CompressedFileError, Constant, Entry, shape_of
 from .summary import LayerSummary, Summary

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..quantize import KINDS, Codes
+from ..codes import KINDS, Codes
 from . import entropy
 from .bytestream import Reader, write_int, write_text
 

@@ -7,7 +7,7 @@ storing it loses nothing. To add one, derive from :class:`Quantizer` and hand an
 ``Recipe(store=...)``.
 """
 
-from .codes import KINDS, Codes
+from ..codes import KINDS, Codes
 from .ecqx import ECQx
 from .quantizer import Quantizer
 from .ratedistortion import RateDistortion, energy, rate_distortion

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes, check, storable
 from ..prune import Removed
 from ..score import By, criterion
-from .codes import Codes, check, storable
 from .trained import Grid, InTraining
 
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from ..fields import check_fields
 from ..prune import Removed
 from ..repair import bias_correction
-from .codes import Codes
 
 
 @dataclass(frozen=True)

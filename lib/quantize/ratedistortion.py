@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..attention import views_of
+from ..codes import Codes, check, kept_weight, mask_like, storable
 from ..linear import View
 from ..moments import input_moments
 from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
-from .codes import Codes, check, kept_weight, mask_like, storable
 from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
 from .sizes import SAMPLE, Problem, Sample, step_of

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .. import moments
 from ..attention import opened, views_of
+from ..codes import Codes, check, halved
 from ..leastsquares import equations
 from ..linear import Layer, Place, Projection, View, bias_of, layers_of, watch
 from ..lockstep import change_in_order, plan
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
-from .codes import Codes, check, halved
 from .ratedistortion import RateDistortion, coded
 from .sizes import Problem
 from .uniform import uniform

@@ -8,10 +8,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from ..codes import Codes, check, kept_weight, mask_like
 from ..progress import each
 from ..prune import Removed
 from ..score import By, Scores, criterion
-from .codes import Codes, check, kept_weight, mask_like
 from .quantizer import Quantizer
 from .uniform import best_step, largest, nearest
 

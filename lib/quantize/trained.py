@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import opened, views_of
+from ..codes import Codes, check
 from ..finetune import finetune
 from ..linear import Layer, Place, bias_of, layers_of, patches_of, watch
 from ..moments import input_moments
 from ..prune import Removed
-from .codes import Codes, check
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer
 from .ratedistortion import RateDistortion

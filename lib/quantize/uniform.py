@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codes import Codes, check, kept_weight, storable
 from ..progress import each
-from .codes import Codes, check, kept_weight, storable
 from .quantizer import Quantizer
 
 # clipping points tried, relative to the largest |weight|

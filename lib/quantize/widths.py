@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codes import Codes, check, kept_weight, mask_like
 from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
-from .codes import Codes, check, kept_weight, mask_like
 from .quantizer import Quantizer
 from .uniform import best_step
 

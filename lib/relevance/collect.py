@@ -1,6 +1,6 @@
 """Scoring runs: a private copy of the model, and batches of samples through it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..fold import fold
 from ..inputs import (
+    FullPrecision,
     Output,
     UnsupportedLayerError,
     batched,
@@ -19,6 +20,7 @@ from ..inputs import (
     full_precision,
     own,
     probed,
+    tensors,
     unwrapped,
 )  # fmt: skip
 from .collectors import Absolutes, Collected, InputMoments, PerWeight, Squares, Sums
@@ -73,6 +75,13 @@ class Run(Generic[C]):
                     "the output for an image depends on the others: make it with "
                     "track_running_stats=True"
                 )
+        memory = {w.untyped_storage().data_ptr(): n for n, w in scored_weights(model).items()}
+        for path, buffer in model.named_buffers():
+            if buffer.numel() and (name := memory.get(buffer.untyped_storage().data_ptr())):
+                raise UnsupportedLayerError(
+                    f"the buffer {path!r} shares the memory of the weight {name!r}, whose "
+                    "relevance it would keep: read the weight itself, or make the buffer a copy"
+                )
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
         self.folded = fold(model if output is None else copied(model, output), images)
@@ -82,10 +91,11 @@ class Run(Generic[C]):
         self.device = next(iter(weights.values())).device
         keys = {id(weight): name for name, weight in scored.items()}
         self.collector = collector(weights)
+        moving = _moving(private, scored, images[:2])
         self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
-        self._follow(private, rule)
+        self._follow(private, rule, moving)
 
-    def _follow(self, private: nn.Module, rule: RuleLike) -> None:
+    def _follow(self, private: nn.Module, rule: RuleLike, moving: set[str]) -> None:
         """Check the model's output, and follow one image to learn which layers it uses."""
         image = self.images[:1]
         plain = probed(private, image)
@@ -102,6 +112,13 @@ class Run(Generic[C]):
             raise UnsupportedLayerError(
                 "the traced forward pass differs from the model's: evaluation mode is random, or "
                 "a tensor is changed in place where torch's functions do not see it"
+            )
+        made, steps = self.propagate.made, _steps([traced, *self.propagate.held])
+        if unseen := sorted(moving - {made[step] for step in steps if step in made}):
+            raise UnsupportedLayerError(
+                f"the weight {unseen[0]!r} moves the outputs where no function of torch shows it, "
+                "so that it would have no relevance: replace compiled code, autograd functions of "
+                "your own and reentrant checkpoints by torch's functions"
             )
         layers = self.propagate.visited
         self.collector.direct = any(rule.name in DIRECT for rule in layers.values())
@@ -124,6 +141,46 @@ class Run(Generic[C]):
                     logits.backward(start_gradient(logits.detach(), labels, self.start))
                 self.collector.end()
         return self.collector
+
+
+def _steps(outputs: Iterable[Tensor]) -> set[Any]:
+    """All steps of the graph by which gradients come back from outputs."""
+    ahead, found = [t.grad_fn for t in outputs], set()
+    while ahead:
+        step = ahead.pop()
+        if step is not None and step not in found:
+            found.add(step)
+            ahead += [before for before, _ in step.next_functions]
+    return found
+
+
+def _moving(network: nn.Module, scored: Mapping[str, Tensor], images: Tensor) -> set[str]:
+    """Names of the scored weights on which the outputs depend, to ordinary gradients.
+
+    None where there are no such gradients; what the forward pass cannot do is told elsewhere.
+    """
+    names = {id(weight): name for name, weight in scored.items()}
+    found: set[str] = set()
+    wanted = {name: weight.requires_grad for name, weight in scored.items()}
+    try:
+        for weight in scored.values():
+            weight.requires_grad_(True)
+        images = own(images, network)
+        if images.is_floating_point():  # a reentrant checkpoint asks for it
+            images = 1 * images.requires_grad_(True)
+        with FullPrecision():
+            outputs = [t for t in tensors(network(images)) if t.requires_grad]
+        leaves = {id(getattr(step, "variable", None)) for step in _steps(outputs)}
+        found = {name for place, name in names.items() if place in leaves}
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        found |= {n for n, w in scored.items() if w.grad is not None and bool(w.grad.any())}
+    except Exception:
+        return found
+    finally:
+        for name, weight in scored.items():
+            weight.grad = None
+            weight.requires_grad_(wanted[name])
+    return found
 
 
 @torch.inference_mode(False)

@@ -1,6 +1,6 @@
 """Factors: activations that share the relevance of a product by a rule of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..inputs import UnsupportedLayerError
 from .layers import Activate
+
+Many = Sequence[Tensor]
 
 # What a gate is for an input of zero, and what moves it from there, without the rounding of a
 # difference. One that rests at zero (tanh) is a signal until a shift is added to it.
@@ -49,13 +51,13 @@ class Gate:
         rest = torch.full_like(x, at_zero)
         return cls(value, Activate.apply(x, moved) + rest, rest)
 
-    def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Gate":
-        """What an affine function, whose result is ``value``, makes of it."""
+    def after(self, func: Callable, args: tuple, kwargs: dict, values: Many) -> list["Gate"]:
+        """What an affine function, whose results are ``values``, makes of it."""
         moved, rest = (
-            func(*(new if a is self.value else a for a in args), **kwargs)
+            several(func(*(new if a is self.value else a for a in args), **kwargs))
             for new in (self.moved, self.rest)
         )
-        return Gate(value, moved, rest)
+        return [Gate(*parts) for parts in zip(values, moved, rest, strict=True)]
 
     def times(self, signal: Tensor, how: str) -> Tensor | None:
         """The product with a signal, shared as ``Rule.gate`` says; None: like any other."""
@@ -73,13 +75,18 @@ class Normaliser:
 
     value: Tensor
 
-    def after(self, func: Callable, args: tuple, kwargs: dict, value: Tensor) -> "Normaliser":
+    def after(self, func: Callable, args: tuple, kwargs: dict, values: Many) -> list["Normaliser"]:
         """See ``Gate.after``."""
-        return Normaliser(value)
+        return [Normaliser(value) for value in values]
 
     def times(self, signal: Tensor, how: str) -> Tensor:
         """All relevance goes to the signal."""
         return signal * self.value.detach()
+
+
+def several(result: Tensor | Many) -> Many:
+    """The results of a function that gives one tensor, or several."""
+    return [result] if isinstance(result, Tensor) else result
 
 
 Factor = Gate | Normaliser

@@ -1,7 +1,4 @@
-"""Torch functions whose relevance is not an ordinary gradient: layers, norms, attention.
-
-Each takes the forward pass it is called in and the function's own arguments.
-"""
+"""Torch functions whose relevance is no ordinary gradient; each takes the pass it is called in."""
 
 import inspect
 import math
@@ -28,6 +25,7 @@ class Forward(Protocol):
     collector: Collector
     anchor: Tensor
     leaves: dict[Key, Tensor]
+    made: dict[Any, str]
 
     def layer(
         self, a: Tensor, w: Tensor, b: Tensor | None, operation: Operation, key: Key | None = None
@@ -92,6 +90,7 @@ def look_up(mode: Forward, indices: Tensor, weight: Tensor, key: Key | None) -> 
     """Rows [..., width] of a weight, to which relevance returns."""
     layer = mode.use(indices, Operation(), Rule(), key)
     rows = Embed.apply(indices, mode.anchor, weight, layer)  # [..., width]
+    mode.made[rows.grad_fn] = key[0] if key else ""
     if layer.layout is None:
         rows.lookup = (indices, mode.anchor, weight, layer)
     return rows
@@ -106,7 +105,7 @@ def stored(mode: Forward, weight: Tensor, key: Key) -> Tensor:
     mode.collector.use(layer, every)
     value = Embed.apply(every, mode.anchor, weight, layer)  # like the weight
     value.computed = True
-    mode.leaves[key] = value
+    mode.leaves[key], mode.made[value.grad_fn] = value, key[0]
     return value
 
 
@@ -120,6 +119,7 @@ def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     shape = torch.broadcast_shapes(summands[0].shape, summands[1].shape)
     every = indices.expand(shape[:-1])  # [samples, positions]
     rows = Embed.apply(every, anchor, weight, layer)  # [samples, positions, width]
+    mode.made[rows.grad_fn] = layer.place[0]
     return [rows if i in shared else t for i, t in enumerate(summands)]
 
 
@@ -132,7 +132,7 @@ def _batch_norm(
         dims = (0, *range(2, input.dim()))  # of a weight: weight standardisation
         shape = (1, -1, *[1] * (input.dim() - 2))
         weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
-        return _affine(_standardise(input, dims, eps), weight, bias)
+        return _affine(mode, _standardise(input, dims, eps), weight, bias)
     if mean is None or training:
         raise mode.refuse("BatchNorm with batch statistics", "set track_running_stats")
     scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)  # [channels]
@@ -147,8 +147,9 @@ def _standardise(x: Tensor, dims: tuple[int, ...], eps: float, centre: bool = Tr
     return x * torch.rsqrt(x.detach().square().mean(dims, keepdim=True) + eps)
 
 
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
+def _affine(mode: Forward, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        x = mode.half(x * weight) if weight.requires_grad else x * weight
     return x if bias is None else x + bias
 
 
@@ -157,7 +158,7 @@ def _layer_norm(
     weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(_standardise(input, dims, eps), weight, bias)
+    return _affine(mode, _standardise(input, dims, eps), weight, bias)
 
 
 def _rms_norm(
@@ -166,7 +167,7 @@ def _rms_norm(
 ) -> Tensor:  # fmt: skip
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(_standardise(input, dims, eps, centre=False), weight, None)
+    return _affine(mode, _standardise(input, dims, eps, centre=False), weight, None)
 
 
 def _group_norm(
@@ -177,7 +178,7 @@ def _group_norm(
     dims = tuple(range(2, grouped.dim()))
     shape = (1, -1, *[1] * (input.dim() - 2))
     weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
-    return _affine(_standardise(grouped, dims, eps).flatten(1, 2), weight, bias)
+    return _affine(mode, _standardise(grouped, dims, eps).flatten(1, 2), weight, bias)
 
 
 def _instance_norm(

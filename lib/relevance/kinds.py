@@ -34,17 +34,25 @@ FUSED: dict[str, tuple[Callable, str]] = {
     "addcmul": (torch.mul, "value"), "addcdiv": (torch.div, "value"),
 }  # fmt: skip
 # Arguments that come next, where they are given by name
-OPERANDS = ("other", "exponent", "mat1", "batch1", "tensor1", "mat2", "batch2", "tensor2")
+OPERANDS = (
+    "condition", "input", "other", "exponent", "mat1", "batch1", "tensor1", "mat2", "batch2",
+    "tensor2",
+)  # fmt: skip
 CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
 }  # fmt: skip
 UNSEEN = {"grad_fn", "requires_grad", "register_hook"}
-_AFFINE = """add radd sub rsub mul rmul div truediv multiply divide flatten unflatten reshape view
+NUMBERS = {"__float__", "__int__", "__complex__"}  # of one activation, that relevance cannot reach
+BOUNDS = {"clamp", "clamp_min", "clamp_max", "clip"}  # where these are activations: as in minimum
+_LINEAR = """add radd sub rsub mul rmul div truediv multiply divide flatten unflatten reshape view
     view_as reshape_as permute transpose t T mT squeeze unsqueeze expand expand_as broadcast_to
     contiguous clone to float type type_as getitem select narrow repeat repeat_interleave tile
-    interpolate upsample"""
+    interpolate upsample neg negative chunk split tensor_split unbind index_select gather movedim
+    moveaxis swapaxes swapdims take_along_dim flip roll pad masked_fill where mean sum avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d tril triu
+    diagonal unfold fold pixel_shuffle pixel_unshuffle channel_shuffle"""
 LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}  # which read but the shape of another
-KEPT = frozenset(_AFFINE.split())  # a factor is one still after these
+KEPT = frozenset(_LINEAR.split())  # a factor is one still after these
 ADVICE = {
     "log_softmax": "let the model return logits",
     "detach": "score the model without detaching activations",

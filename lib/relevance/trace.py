@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
 from .changes import Changes, out_of_place
-from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of
+from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of, several
 from .functions import LAYERS, NORMALISATIONS, spread
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
-from .weights import place, refusal, used
+from .weights import computed, place, refusal, used
 
 
 class Propagation(TorchFunctionMode):
@@ -38,7 +38,11 @@ class Propagation(TorchFunctionMode):
     Attributes
     ----------
     visited : dict of str to Rule
-        Module path of each layer that the last forward pass used -> its rule, in order.
+        Path of each layer that the last forward pass used -> its rule, in order.
+    made : dict
+        Each step of its graph that brings relevance to a scored weight -> the weight's name.
+    held : list of Tensor
+        What a rule takes for a constant.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class Propagation(TorchFunctionMode):
         self.vouched: set[Any] = set()
         self.aliases: dict[int, tuple[Tensor, Key, bool]] = {}
         self.leaves: dict[Key, Tensor] = {}
+        self.made: dict[Any, str] = {}
+        self.held: list[Tensor] = []
         self.changes = Changes(self.vouch)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -111,9 +117,9 @@ class Propagation(TorchFunctionMode):
     def refuse(self, what: str, advice: str = "") -> UnsupportedLayerError:
         """The error for something at the current module."""
         path = self.path[-1] if self.path else ""
-        module = type(self.model.get_submodule(path)).__name__
+        kind = type(self.model.get_submodule(path)).__name__
         return UnsupportedLayerError(
-            f"no relevance rule for {what} in module {path or '(the model itself)'!r} ({module}): "
+            f"no relevance rule for {what} in module {path or '(the model itself)'!r} ({kind}): "
             + (advice or "replace it by supported layers, or score the model without this part")
         )
 
@@ -123,6 +129,7 @@ class Propagation(TorchFunctionMode):
         """Replace one torch call by its relevance-propagating form."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
+        name = "item" if name in kinds.NUMBERS else name
         name = (func.__self__.__name__ if name == "__get__" else name).strip("_")
         if name in kinds.UNSEEN or not any(True for _ in tensors((args, kwargs))):
             return func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
@@ -133,6 +140,8 @@ class Propagation(TorchFunctionMode):
             if self.recording and not torch.is_grad_enabled():
                 stack.enter_context(torch.enable_grad())
             args, kwargs = self.changes.current((args, kwargs))
+            if name not in LAYERS and name not in NORMALISATIONS:
+                args = kinds.positional(args, kwargs)
             scored = [t for t in tensors((args, kwargs)) if place(self, t)]
             if name in LAYERS or (name in NORMALISATIONS and not self.ordinary and not scored):
                 self._audit((args, kwargs))
@@ -141,10 +150,9 @@ class Propagation(TorchFunctionMode):
                 result = used(self, func, name, args, kwargs)
             else:
                 result = self.applied(func, name, args, kwargs)
-            if isinstance(result, Tensor) and name not in LAYERS:
-                tracked = [t for t in tensors((args, kwargs)) if t.requires_grad]
-                if tracked and all(hasattr(t, "computed") for t in tracked):
-                    result.computed = True  # type: ignore[attr-defined]
+            if name not in LAYERS:
+                made_of = [t for t in tensors((args, kwargs)) if t.requires_grad]
+                result = computed(result, made_of) if made_of else result
             return self.vouch(result)
 
     def vouch(self, result: Any) -> Any:
@@ -154,7 +162,6 @@ class Propagation(TorchFunctionMode):
 
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any:
         """The result of a function that is no layer."""
-        args = kinds.positional(args, kwargs)
         if name in kinds.LIKE:
             args = args[0], *(other.detach() for other in args[1:])
         tracked = self._audit((args, kwargs))
@@ -164,10 +171,12 @@ class Propagation(TorchFunctionMode):
         result = self._propagate(func, name, len(tracked), args, kwargs)
         if target is not None:
             self.changes.note(target, result)
-        if name in kinds.KEPT and len(tracked) == 1 and isinstance(result, Tensor):
+        if name in kinds.KEPT and len(tracked) == 1:
             for factor in (t.factor for t in tracked if hasattr(t, "factor")):
-                new = factor.after(func, args, kwargs, result)
-                result.factor = new  # type: ignore[attr-defined]
+                values = several(result)
+                made = factor.after(func, args, kwargs, values)
+                for value, new in zip(values, made, strict=True):
+                    value.factor = new  # type: ignore[attr-defined]
         return result
 
     def carries(self, name: str) -> bool:
@@ -185,11 +194,10 @@ class Propagation(TorchFunctionMode):
             return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
         constant = name in kinds.QUOTIENTS and not _tracked(args[:1])
         power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
-        if power and not bool((torch.as_tensor(args[1]) > 0).all()):
-            constant = True
+        constant |= power and not bool((torch.as_tensor(args[1]) > 0).all())
         if constant or name in kinds.RECIPROCALS:
             return self._reciprocal(func, name, args, kwargs)
-        if name in kinds.ELEMENTWISE or power:
+        if (name in kinds.ELEMENTWISE and not (name in kinds.BOUNDS and tracked > 1)) or power:
             with torch.no_grad():
                 out = func(*args, **kwargs)
             x = args[0] if args else kwargs["input"]
@@ -199,24 +207,26 @@ class Propagation(TorchFunctionMode):
             return result
         if name in ("add", "radd"):
             args = spread(self, args)
-        if name in kinds.GRADIENT:
+        if name in kinds.GRADIENT or name in kinds.BOUNDS:
             return func(*args, **kwargs)
         if name == "var":  # of degree two: its gradient would bring twice its relevance
             return self.half(func(*args, **kwargs))
         if name in kinds.QUOTIENTS and kwargs.get("rounding_mode") is None:
+            self.held += [t for t in args[1:2] if isinstance(t, Tensor)]
             divisor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
             return func(args[0], divisor, *args[2:], **kwargs)
         if name in kinds.PRODUCTS:
             return self._product(func, name, tracked, args, kwargs)
         result = None if name in ("item", "tolist", "numpy") else func(*args, **kwargs)
-        if result is None or any(t.is_floating_point() for t in tensors(result)):
-            raise self.refuse(f"{name!r}", kinds.ADVICE.get(name, ""))
-        return result
+        if result is not None and not any(t.is_floating_point() for t in tensors(result)):
+            return result
+        raise self.refuse(f"{name!r}", kinds.ADVICE.get(name, ""))
 
     def _product(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Tensor:
         if tracked > 2:
             raise self.refuse(f"a product of {tracked} activations")
-        if tracked < 2:
+        weights = [t for t in tensors((args, kwargs)) if hasattr(t, "computed")]
+        if tracked < 2 or len(weights) == 1:  # linear in the activation, as a layer is
             return func(*args, **kwargs)
         if name in kinds.ELEMENTWISE_PRODUCTS:
             for kind in (Normaliser, Gate):
@@ -251,7 +261,10 @@ class Propagation(TorchFunctionMode):
                 f"rule {rule.name!r} is for the layer that reads the images, not {path!r}"
             )
         layer = self.use(a, operation, rule, key, path)
-        return Propagate.apply(a, self.anchor, w, b, layer)
+        active = b is not None and b.requires_grad  # an activation: one more term of the sum
+        result = Propagate.apply(a, self.anchor, w, None if active else b, layer)
+        self.made[result.grad_fn] = key[0] if key else ""
+        return result + b.reshape(-1, *[1] * (w.dim() - 2)) if b is not None and active else result
 
     def use(
         self, a: Tensor, operation: Operation, rule: Rule, key: Key | None, path: str | None = None
@@ -277,6 +290,7 @@ class Propagation(TorchFunctionMode):
 
     def product(self, signal: Tensor, factor: Factor) -> Tensor:
         """The product of a signal and a factor, sharing relevance by the current module's rule."""
+        self.held.append(factor.value)
         how = self.choose(self.path[-1] if self.path else "", False, False).gate
         shared = None if self.ordinary else factor.times(signal, how)
         return self.half(signal * factor.value) if shared is None else shared

@@ -76,18 +76,29 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
             every = torch.arange(len(weight), device=weight.device)
             index = _index(func, every, args[1:], kwargs)
             if index is not None:
-                return look_up(mode, index, weight, key)
+                found = look_up(mode, index, weight, key)
+                # The same rows for all images are a weight, not an activation.
+                chosen = any(True for _ in tensors((args[1:], kwargs)))
+                return found if chosen else computed(found)
     if name in LIKE and subject is None:
         return mode.applied(func, name, args, kwargs)
     weights = [t for t in tensors((args, kwargs)) if place(mode, t)]
     if all(t.dim() == 2 for t in weights) and mode.carries(name):
         args, kwargs = _replaced(mode, (args, kwargs), name, _rows_of)
-        return mode.applied(func, name, args, kwargs)
+        return computed(mode.applied(func, name, args, kwargs), (args, kwargs))
     active = [t for t in tensors((args, kwargs)) if t.requires_grad and not hasattr(t, "computed")]
     args, kwargs = _replaced(
         mode, (args, kwargs), name, None if active or name in MIXED else stored
     )
     return mode.__torch_function__(func, (), args, kwargs)
+
+
+def computed(result: Any, of: Any = ()) -> Any:
+    """The same, marked as computed from weights if all that it was made of is."""
+    if all(hasattr(t, "computed") for t in tensors(of) if t.requires_grad):
+        for tensor in tensors(result):
+            tensor.computed = True  # type: ignore[attr-defined]
+    return result
 
 
 def _product(mode: Following, name: str, args: tuple, kwargs: dict) -> Tensor | None:
@@ -130,7 +141,7 @@ def _index(func: Callable, every: Tensor, rest: tuple, kwargs: dict) -> Tensor |
 
 
 def _rows_of(mode: Forward, weight: Tensor, key: Key) -> Tensor:
-    return look_up(mode, torch.arange(len(weight), device=weight.device), weight, key)
+    return computed(look_up(mode, torch.arange(len(weight), device=weight.device), weight, key))
 
 
 def _replaced(

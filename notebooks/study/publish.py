@@ -3,8 +3,9 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -35,12 +36,23 @@ def claims_text(results: Path) -> str:
         "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
         "over seeds contains the threshold, and more seeds could decide either way, or curves have "
         "too few losses in common. A claim of one seed is decided by its value. Written from "
-        "`claims-*.json` by `python -m study claims`.\n\n" + claims_table(claims) + "\n"
-    )
+        "`claims-*.json` by `python -m study claims`.\n\n"
+        + claims_table(claims, heads(results)) + "\n"
+    )  # fmt: skip
 
 
-def claims_table(claims: list[dict]) -> str:
-    """Claims as a Markdown table, a column for each network.
+def heads(results: Path) -> dict[str, str]:
+    """Each network with what a reader has to know of it: one seed alone, a base of few bits."""
+    path = results / "bases.csv"
+    known = {}
+    for (dataset, model), part in pd.read_csv(path).groupby(NETWORK) if path.exists() else []:
+        one = ", 1 seed" if part["seed"].nunique() == 1 else ""
+        known[f"{dataset}-{model}"] = f"{dataset}-{model}{one}{_stored(results, dataset, model)}"
+    return known
+
+
+def claims_table(claims: list[dict], heads: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Claims as a Markdown table, a column for each network, called as ``heads`` has it.
 
     Claims about networks from elsewhere name them beside the sentence.
     """
@@ -59,7 +71,7 @@ def claims_table(claims: list[dict]) -> str:
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
         cells = [_result(found.get(where), len(goals) > 1) for where in networks]
         lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
-    head = ["", "claim", "expected", *networks, "notebook"]
+    head = ["", "claim", "expected", *(heads.get(name, name) for name in networks), "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
 
 
@@ -138,7 +150,7 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
 def verdicts_table(results: Path) -> str:
     """How many readings of each claim hold, a column for each network."""
     table = overview(pd.DataFrame(read_claims(results)))
-    return markdown(table.rename(columns={"id": ""}))
+    return markdown(table.rename(columns={"id": ""} | heads(results)))
 
 
 FILES = (

@@ -128,7 +128,7 @@ class Study(Results):
         recipes : dict of str to Recipe
             By the name that they have in tables.
         knobs : dict of str to iterable of float, optional
-            For each quantizer (a value of ``records.STORES``), settings of its knob that replace
+            For each quantizer (as ``records`` names it), settings of its knob that replace
             the recipe's own, and give way to those that the profile has for a model.
         cases, per_class
             All of the study's, and its number of reference images of each class, by default.
@@ -180,7 +180,8 @@ class Study(Results):
                 write_json(path, record)
 
     def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
-        name, values = STORES.get(type(recipe.store)), [recipe.store.value]
+        kind = type(recipe.store)
+        name, values = STORES.get(kind, kind.__name__), [recipe.store.value]
         if name in knobs:
             values = self.profile.special.get(case.model, {}).get(name, knobs[name])
         return [recipe.at(float(value)) for value in values]

@@ -86,6 +86,19 @@ def test_claims_that_are_open_or_fail_are_marked():
         publish.claims_table([*rows, claim("holds", "a-x")])
 
 
+def test_networks_of_one_seed_or_of_few_bits_are_called_so(tmp_path):
+    rows = [("a", "x", 0, 32, 4000), ("a", "x", 1, 32, 4000), ("b", "y", 0, 8, 1000)]
+    columns = ["dataset", "model", "seed", "stored bits", "stored bytes"]
+    assert publish.heads(tmp_path) == {}
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "bases.csv", index=False)
+    heads = publish.heads(tmp_path)
+    assert heads == {"a-x": "a-x", "b-y": "b-y, 1 seed (kept in 8 bits: 1 kB)"}
+    rows = [{"id": "B1", "claim": "s", "where": where, "expected": "1", "ours": "2",
+             "verdict": "holds", "notebook": "01-train"} for where in heads]  # fmt: skip
+    head, *_ = publish.claims_table(rows, heads).splitlines()
+    assert cells(head)[3:5] == list(heads.values())
+
+
 def test_one_seed_that_misses_the_accuracy_is_marked(tmp_path):
     row = {"dataset": "a", "model": "x", "recipe": "random", "file_bytes": 1000, "ratio": 4.0,
            "test_accuracy": 90.0, "base_test_accuracy": 91.0}  # fmt: skip

@@ -78,6 +78,15 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
     assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
 
 
+def test_a_quantizer_of_ones_own_takes_the_knobs_that_are_named_by_its_class(study):
+    class Mine(Uniform):
+        """As a user has it: no file of the study knows it."""
+
+    recipes = {"mine": Recipe(store=Mine(6.0))}
+    assert study.sweep(recipes, {"Mine": (4, 8)})["knob"].tolist() == [4, 8]
+    assert study.sweep(recipes, {"uniform": (4, 8)})["knob"].tolist() == [6]
+
+
 def test_a_network_may_have_an_optimiser_of_its_own(study, monkeypatch):
     monkeypatch.setattr(study, "profile", replace(study.profile, optimisers={"resnet8": "sgd"}))
     tuned = replace(RECIPES["lrp-paper"], repair=Repair(finetune=2))

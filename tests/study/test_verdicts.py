@@ -67,6 +67,11 @@ def test_headline_readings():
     assert loss.ours == "0.50 points lost" and loss.verdict == HOLDS
 
 
+def test_what_is_lost_is_asked_once_for_several_baselines():
+    asked = [headline(RUNS, ["ours"], ["theirs"], "x", loss=loss) for loss in (True, False)]
+    assert asked[0][:-1] == asked[1] and asked[0][-1].id == "C3"
+
+
 def test_headline_says_where_an_accuracy_is_not_reached():
     weak = RUNS[(RUNS["recipe"] != "ours") | (RUNS["knob"] == 3)]
     within, matched, accurate, loss = headline(weak, ["ours"], ["theirs"], "x")
