@@ -31,8 +31,8 @@ TOLERANCE = 0.2
 ROUNDING = 1e-5
 """Relative error of numbers in tables, which are written with six digits."""
 
-PEERS = (claims.STANDARD, "peers")
-"""Tables of coders other than ours, whose rows are no runs of a study."""
+OTHERS = (claims.STANDARD, "peers", "trials")
+"""Tables of other coders and of variants tried, whose rows are no runs of a study."""
 
 _CASE = ["dataset", "model", "seed"]
 _NUMBERS = ["density", "ratio", "bits", "val_accuracy", "test_accuracy"]
@@ -198,7 +198,7 @@ def _texts(results: Path) -> Iterator[Check]:
 def _run_tables(results: Path) -> Iterator[tuple[str, pd.DataFrame]]:
     for path in sorted(results.glob("*.csv")):
         table = pd.read_csv(path)
-        if "file_bytes" in table and path.stem not in PEERS:
+        if "file_bytes" in table and path.stem not in OTHERS:
             yield path.name, table
 
 

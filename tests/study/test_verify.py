@@ -231,3 +231,10 @@ def test_committed_claims_follow_from_committed_tables(profile):
     told = {row["notebook"] for row in again}
     alone = {"R1", "R2"}  # rest on what no table holds
     assert [r for r in rows if r["notebook"] in told and r["id"] not in alone] == again
+
+
+def test_rows_of_committed_tables_follow_from_committed_runs():
+    """Of the paper profile: records of the quick one are not committed."""
+    checks = {what: check() for what, _, check in verify._tables(ROOT / "results/paper")}
+    assert {"rows of headline.csv from runs", "rows of sequential.csv from runs"} <= checks.keys()
+    assert not [what for what, (good, _) in checks.items() if not good]
