@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import pandas as pd
 
@@ -51,7 +50,7 @@ def heads(results: Path) -> dict[str, str]:
     return known
 
 
-def claims_table(claims: list[dict], heads: Mapping[str, str] = MappingProxyType({})) -> str:
+def claims_table(claims: list[dict], called: Mapping[str, str] | None = None) -> str:
     """Claims as a Markdown table, a column for each network, called as ``heads`` has it.
 
     Claims about networks from elsewhere name them beside the sentence.
@@ -71,7 +70,8 @@ def claims_table(claims: list[dict], heads: Mapping[str, str] = MappingProxyType
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
         cells = [_result(found.get(where), len(goals) > 1) for where in networks]
         lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
-    head = ["", "claim", "expected", *(heads.get(name, name) for name in networks), "notebook"]
+    columns = [(called or {}).get(name, name) for name in networks]
+    head = ["", "claim", "expected", *columns, "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
 
 
