@@ -87,10 +87,21 @@ SHAPES = {
     "mean": lambda g: g[:, None].repeat(1, 3, 1).mean(1),
     "padded": lambda g: F.pad(g, (0, 2), value=0.5)[:, :4],
     "chunks": lambda g: torch.cat([g[:, :2], g[:, 2:]], 1),
+    "stacked": lambda g: torch.stack([g[:, 0], g[:, 1], 1 - g[:, 2], g[:, 3]], 1),
+    "one of two": lambda g: torch.where(torch.tensor([True, False, True, False]), g, 2 * g),
+    "clamped": lambda g: g.clamp(0.3, 0.7),
+    "cut": lambda g: F.relu(g - 0.2) + 0.1,
+    "at least": lambda g: torch.maximum(g, torch.tensor(0.6).double()),
+    "square": lambda g: g.square(),
+    "power": lambda g: g**3,
+    "times itself": lambda g: g * g,
+    "root": lambda g: (g + 0.1).sqrt(),
+    "a sigmoid of it": lambda g: torch.sigmoid(3 * g),
+    "matrix": lambda g: g @ torch.diag(torch.arange(1.0, 5.0)).double(),
 }
 
 
-@pytest.mark.parametrize("shape", [*SHAPES][:-1])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_gate_in_another_shape_is_one_still(shape):
     model, x, y = _case(Gated(SHAPES[shape]))
     scores = weight_relevance(model, x, y)
@@ -106,11 +117,111 @@ def test_a_gate_in_another_shape_is_one_still(shape):
     torch.testing.assert_close(given, model(x).gather(1, y[:, None])[:, 0].detach())
 
 
-def test_what_is_joined_is_no_gate_but_a_product_of_two_activations():
-    model, x, y = _case(Gated(SHAPES["chunks"]))
-    for how in ("shapley", "half"):
-        scores = weight_relevance(model, x, y, rule=Rule(gate=how))
-    torch.testing.assert_close(scores, weight_relevance(model, x, y))
+SECOND = {
+    "sum": lambda g, h: g + 2 * h,
+    "difference": lambda g, h: 3 * g - h,
+    "product": lambda g, h: g * h,
+    "joined": lambda g, h: torch.cat([g[:, :2], h[:, 2:]], 1),
+}
+
+
+class TwoGates(Gated):
+    """``last(first(x) · join(gate(x), other(x)))``, both of them gates."""
+
+    def __init__(self, join, kind=torch.sigmoid):
+        super().__init__()
+        self.other, self.join, self.second = nn.Linear(5, 4, bias=False), join, kind
+
+    def forward(self, x):
+        gate = self.join(self.gate(x).sigmoid(), self.second(self.other(x)))
+        return self.last(self.first(x) * gate)
+
+
+@pytest.mark.parametrize("join", SECOND)
+def test_what_is_made_of_two_gates_is_one(join):
+    model, x, y = _case(TwoGates(SECOND[join]))
+    scores = weight_relevance(model, x, y)
+    with torch.no_grad():
+        g, h, rest = model.gate(x).sigmoid(), model.other(x).sigmoid(), torch.tensor(0.5).double()
+        together = SECOND[join](g, h)
+        signal = model.first(x) * model.last.weight[y]
+        # Shapley's value of three: what a factor adds, averaged over the order of the other two,
+        # as if the gates came first and were then shared between themselves
+        still = rest.expand_as(g)
+        alone = SECOND[join](g, still) - SECOND[join](still, still)
+        last = SECOND[join](g, h) - SECOND[join](still, h)
+        to_gate = signal * (alone + last) / 4
+        at_rest = SECOND[join](still, still)
+        wanted = {
+            "gate.weight": (to_gate / model.gate(x)).T @ x * model.gate.weight,
+            "first.weight": (signal / model.first(x) * (together + at_rest) / 2).T
+            @ x
+            * model.first.weight,
+        }
+    for name, value in wanted.items():
+        torch.testing.assert_close(scores[name], value)
+    given = input_relevance(model, x, y).sum(1)
+    torch.testing.assert_close(given, model(x).gather(1, y[:, None])[:, 0].detach())
+
+
+class Mixed(Gated):
+    """A gate whose product with the signal is a product of matrices."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.multiply = multiply
+
+    def forward(self, x):
+        s, g = (layer(x).view(-1, 2, 2) for layer in (self.first, self.gate))
+        return self.last(self.multiply(g.sigmoid(), s).flatten(1))
+
+
+MATRICES = {
+    "matmul": lambda g, s: g @ s,
+    "the other way round": lambda g, s: (s.mT @ g.mT).mT,
+    "bmm": lambda g, s: torch.bmm(input=g, mat2=s),
+    "einsum": lambda g, s: torch.einsum("nij,njk->nik", g, s),
+}
+
+
+@pytest.mark.parametrize("multiply", MATRICES)
+def test_a_gate_in_a_product_of_matrices_is_one(multiply):
+    model, x, y = _case(Mixed(MATRICES[multiply]))
+    scores = weight_relevance(model, x, y)
+    with torch.no_grad():
+        s, at = (layer(x).view(-1, 2, 2) for layer in (model.first, model.gate))
+        down = model.last.weight[y].view(-1, 2, 2)  # gradient at the product
+        to_gate = (down @ s.mT) * (at.sigmoid() - 0.5) / 2  # relevance [samples, 2, 2]
+        wanted = (to_gate / at).flatten(1).T @ x * model.gate.weight
+    torch.testing.assert_close(scores["gate.weight"], wanted)
+    model.gate.weight.data.mul_(1e-9)
+    small = weight_relevance(model, x, y)["gate.weight"].abs().sum()
+    assert 0 < small < 1e-6
+
+
+def test_a_gate_joined_with_signals_moves_as_they_do():
+    model, x, y = _case(TwoGates(torch.add, nn.Identity()))
+    scores = weight_relevance(model, x, y)
+    with torch.no_grad():
+        to_other = model.first(x) * model.last.weight[y] / 2
+        wanted = to_other.T @ x * model.other.weight
+    torch.testing.assert_close(scores["other.weight"], wanted)
+    model.gate.weight.data.mul_(1e-9)
+    assert weight_relevance(model, x, y)["gate.weight"].abs().sum() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["softplus", "logsigmoid"])
+def test_what_does_not_rest_at_zero_is_bounded_in_products(name):
+    model, x, y = _case(Gated(kind=getattr(F, name)))
+    scores = weight_relevance(model, x, y)
+    rest = getattr(F, name)(torch.zeros(1)).double()
+    with torch.no_grad():
+        at, signal = model.gate(x), model.first(x) * model.last.weight[y]
+        to_gate = signal * (getattr(F, name)(at) - rest) / 2
+        wanted = (to_gate / at).T @ x * model.gate.weight
+    torch.testing.assert_close(scores["gate.weight"], wanted, rtol=1e-6, atol=1e-7)
+    model.gate.weight.data.mul_(1e-9)
+    assert 0 < weight_relevance(model, x, y)["gate.weight"].abs().sum() < 1e-6
 
 
 class Unit(nn.Module):

@@ -194,7 +194,7 @@ def test_layers_that_do_not_run_have_no_relevance(aggregate):
 
 
 FLOORS = (
-    *("rules", "operations", "samples", "layers", "factors", "functions", "kinds", "weights"),
+    *("kinds", "rules", "operations", "samples", "layers", "factors", "functions", "weights"),
     *("changes", "trace", "collectors", "collect", "deeplift", "__init__"),
 )
 

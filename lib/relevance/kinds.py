@@ -21,8 +21,8 @@ _GRADIENT = """add radd sub rsub subtract neg negative sum mean cat concat conca
     real imag view_as_real view_as_complex fft_fft fft_fft2 fft_fftn fft_ifft2 fft_rfft fft_rfft2
     fft_irfft fft_irfft2 fft_fftshift norm linalg_norm linalg_vector_norm std"""
 _ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid hardswish hardsigmoid hardtanh relu6
-    softplus logsigmoid softsign clamp clamp_min clamp_max clip hardshrink softshrink tanhshrink
-    rrelu erf abs absolute sqrt square log1p expm1 atan local_response_norm"""
+    softplus logsigmoid log_sigmoid softsign clamp clamp_min clamp_max clip hardshrink softshrink
+    tanhshrink rrelu erf abs absolute sqrt square log1p expm1 atan local_response_norm"""
 GRADIENT, ELEMENTWISE = frozenset(_GRADIENT.split()), frozenset(_ELEMENTWISE.split())
 ELEMENTWISE_PRODUCTS = {"mul", "rmul", "multiply"}
 PRODUCTS = ELEMENTWISE_PRODUCTS | {"matmul", "rmatmul", "bmm", "mm", "mv", "dot", "vdot", "einsum"}
@@ -51,6 +51,14 @@ _LINEAR = """add radd sub rsub mul rmul div truediv multiply divide flatten unfl
     moveaxis swapaxes swapdims take_along_dim flip roll pad masked_fill where mean sum avg_pool1d
     avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d tril triu
     diagonal unfold fold pixel_shuffle pixel_unshuffle channel_shuffle"""
+# What makes a gate of gates: functions linear in all that they read, elementwise functions of one
+JOINS = {
+    "add", "radd", "sub", "rsub", "subtract", "cat", "concat", "concatenate", "stack", "hstack",
+    "vstack", "dstack", "where",
+}  # fmt: skip
+BENT = ELEMENTWISE | ELEMENTWISE_PRODUCTS | {
+    "pow", "relu", "leaky_relu", "threshold", "prelu", "maximum", "minimum",
+}  # fmt: skip
 LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}  # which read but the shape of another
 KEPT = frozenset(_LINEAR.split())  # a factor is one still after these
 ADVICE = {

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
 from .changes import Changes, out_of_place
-from .factors import RESTING, Factor, Gate, Held, Normaliser, factor_of, several
+from .factors import RESTING, Factor, Gate, Held, Multiply, Normaliser, factor_of, hand_on, swap
 from .functions import LAYERS, NORMALISATIONS, spread
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .operations import Operation
@@ -171,12 +171,8 @@ class Propagation(TorchFunctionMode):
         result = self._propagate(func, name, len(tracked), args, kwargs)
         if target is not None:
             self.changes.note(target, result)
-        if name in kinds.KEPT and len(tracked) == 1:
-            for factor in (t.factor for t in tracked if hasattr(t, "factor")):
-                values = several(result)
-                made = factor.after(func, args, kwargs, values)
-                for value, new in zip(values, made, strict=True):
-                    value.factor = new  # type: ignore[attr-defined]
+        if any(hasattr(t, "factor") for t in tracked):
+            hand_on(func, name, args, kwargs, result)
         return result
 
     def carries(self, name: str) -> bool:
@@ -228,13 +224,13 @@ class Propagation(TorchFunctionMode):
         weights = [t for t in tensors((args, kwargs)) if hasattr(t, "computed")]
         if tracked < 2 or len(weights) == 1:  # linear in the activation, as a layer is
             return func(*args, **kwargs)
-        if name in kinds.ELEMENTWISE_PRODUCTS:
-            for kind in (Normaliser, Gate):
-                first, second = (factor_of(t, kind) for t in args[:2])
-                if first is None and second is not None:
-                    return self.product(args[0], second)
-                if first is not None and second is None:
-                    return self.product(args[1], first)
+        one, other = (t for t in tensors((args, kwargs)) if t.requires_grad)
+        for kind in (Normaliser, Gate) if name in kinds.ELEMENTWISE_PRODUCTS else (Gate,):
+            first, second = (factor_of(t, kind) for t in (one, other))
+            if first is None and second is not None:
+                return self.product(one, second, swap(func, args, kwargs, one, other))
+            if first is not None and second is None:
+                return self.product(other, first, swap(func, args, kwargs, other, one))
         return self.half(func(*args, **kwargs))
 
     def _reciprocal(self, func: Callable, name: str, args: Any, kwargs: dict) -> Tensor:
@@ -288,12 +284,12 @@ class Propagation(TorchFunctionMode):
             "make it a parameter (torch.nn.utils.parametrize.remove_parametrizations)",
         )
 
-    def product(self, signal: Tensor, factor: Factor) -> Tensor:
+    def product(self, signal: Tensor, factor: Factor, multiply: Multiply = torch.mul) -> Tensor:
         """The product of a signal and a factor, sharing relevance by the current module's rule."""
         self.held.append(factor.value)
         how = self.choose(self.path[-1] if self.path else "", False, False).gate
-        shared = None if self.ordinary else factor.times(signal, how)
-        return self.half(signal * factor.value) if shared is None else shared
+        shared = None if self.ordinary else factor.times(signal, how, multiply)
+        return self.half(multiply(signal, factor.value)) if shared is None else shared
 
 
 def _tracked(values: Any) -> int:
