@@ -3,10 +3,11 @@
 To read first: ``compress`` (remove -> repair -> quantize -> file), then ``score`` (images to
 scores), then ``prune`` (scores to masks). The rooms, each using only those above it:
 
-- ``fields``, ``files``, ``progress``, ``inputs``: what users give, checked
+- ``fields``, ``files``, ``progress``, ``inputs``, ``checks``: what users give, checked
 - ``codes``, ``codec``: codes to a checked file and back
 - ``batchnorm``, ``dense``, ``fold``: BatchNorm folded once on entry, unfolded once at the end
-- ``linear``, ``attention``, ``moments``, ``leastsquares``, ``lockstep``: layers as linear maps
+- ``linear``, ``patches``, ``attention``, ``moments``, ``leastsquares``, ``lockstep``: layers as
+  linear maps
 - ``relevance``, ``baselines``, ``score``: images to scores
 - ``finetune``, ``masks``, ``prune``: scores to masks
 - ``repair``, ``quantize``: what is kept is repaired, and coded by what it matters

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import views_of
+from .checks import check_logits, check_samples
 from .fold import fold
-from .inputs import batched, check_logits, check_samples, copied, own, probed
+from .inputs import batched, copied, own, probed
 from .relevance import scored_weights, totals
 
 Scores = dict[str, Tensor]
@@ -135,3 +137,18 @@ def random(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> S
         name: torch.randn(w.shape, generator=generator).to(w)
         for name, w in scored_weights(model).items()
     }
+
+
+def alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """One for every weight: what criteria are compared with."""
+    return {name: torch.ones_like(w) for name, w in scored_weights(model).items()}
+
+
+def units_alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """One for every unit [units]."""
+    views = views_of(model)
+    return {
+        name: torch.ones(w.shape[1] * views[name].groups if name in views and views[name].turned
+                         else len(w))
+        for name, w in scored_weights(model).items()
+    }  # fmt: skip

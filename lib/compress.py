@@ -17,11 +17,12 @@ from . import masks as masking
 from . import progress as reporting
 from . import repair
 from .advice import float_bytes, tensors_of, warn_if_ruined, warn_of_unscored
+from .checks import check_logits, check_model, check_samples
 from .codec import Compressed
 from .codes import halved
 from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
-from .inputs import Output, check_logits, check_model, check_samples, copied, probed, unwrapped
+from .inputs import Output, copied, probed, unwrapped
 from .prune import Removed
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_samples
 from .inputs import evaluating, own, split
 
 OPTIMISERS = {
@@ -118,8 +119,12 @@ def finetune(
 
 def check_batches(name: str, data: Batches | None) -> None:
     """Raise ValueError unless data are images and labels, or batches that can be read again."""
-    if data is None or _is_pair(data):
+    if data is None:
         return
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        images, labels = data
+        if not isinstance(images, (tuple, list)):  # two batches
+            return check_samples(images, labels, name)
     if isinstance(data, (str, Tensor, Mapping)) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise ValueError(f"{name} must be (images, labels) or a DataLoader, not a {kind}")

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import View, look_ups, patches_of, portion, squared, units_of
+from .linear import View
 from .moments import borrowed, second_moment
+from .patches import look_ups, patches_of, portion, squared, units_of
 
 LARGE = 200  # inputs from which float32 is enough, and conjugate gradients stop early
 

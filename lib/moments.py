@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import opened
-from .inputs import check_images
-from .linear import Layer, Place, Projection, bias_of, gram, layers_of, watch
+from .checks import check_images
+from .linear import Layer, Place, Projection, bias_of, layers_of, watch
+from .patches import gram
 
 FEW = 10  # images below which their covariance alone is not trusted
 STEADY = 1e-4  # share of variance in the second moment below which an input hardly varies

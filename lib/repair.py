@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .attention import opened
-from .inputs import check_images, own, split
+from .checks import check_images
+from .inputs import own, split
 from .leastsquares import equations
-from .linear import Layer, Place, View, bias_of, hooked, layers_of, units_of, watch
+from .linear import Layer, Place, View, bias_of, hooked, layers_of, watch
 from .masks import Mask, masked
+from .patches import units_of
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
 BATCH = 50  # images unfolded at a time, and run at a time where outputs would take more

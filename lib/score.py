@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from . import baselines
 from .attention import views_of
+from .checks import check_logits, check_samples
 from .fold import fold
-from .inputs import check_logits, check_samples, own, split
+from .inputs import own, split
 from .moments import input_moments
 from .relevance import AGGREGATES, COMPOSITES, RULES, STARTS, scored_weights, unit_sensitivity
 from .relevance import weight_relevance as lrp
@@ -212,19 +213,6 @@ WRAPPERS = {
 }
 
 
-def _alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-    return {name: torch.ones_like(w) for name, w in scored_weights(model).items()}
-
-
-def _units_alike(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-    views = views_of(model)
-    return {
-        name: torch.ones(w.shape[1] * views[name].groups if name in views and views[name].turned
-                         else len(w))
-        for name, w in scored_weights(model).items()
-    }  # fmt: skip
-
-
 class UnknownCriterionError(KeyError, ValueError):
     """No criterion of that name; the message lists the known ones."""
 
@@ -291,7 +279,7 @@ CRITERIA = Criteria(
     Criterion("fisher", baselines.fisher, order=2),
     Criterion("hessian-trace", baselines.hessian_trace, order=2),
     Criterion("random", baselines.random),
-    Criterion("alike", _alike, unit_function=_units_alike),
+    Criterion("alike", baselines.alike, unit_function=baselines.units_alike),
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from small import Tied
 from torch import nn
 
-from lib import linear, repair
+from lib import patches, repair
 from lib.attention import opened, views_of
 from lib.compress import compress
 from lib.leastsquares import equations
@@ -286,7 +286,7 @@ def test_some_positions_of_large_images_stand_for_all(make, monkeypatch):
     missing = layer(images).detach()
     results = []
     for positions in (10**6, 60):
-        monkeypatch.setattr(linear, "POSITIONS", positions)
+        monkeypatch.setattr(patches, "POSITIONS", positions)
         problem = equations(layer, centre=True)
         problem.add(images, missing)
         results.append((problem.moment(), problem.outputs(), problem.missing, problem.count))
@@ -304,7 +304,7 @@ def test_some_positions_of_large_images_stand_for_all(make, monkeypatch):
 def test_products_of_both_halves_from_one(width):
     torch.manual_seed(0)
     rows = torch.randn(2, width, 7, dtype=torch.float64)
-    product = linear.squared(rows, size=6)
+    product = patches.squared(rows, size=6)
     assert torch.allclose(product, rows @ rows.mT, atol=1e-12)
     assert torch.equal(product, product.mT)
 
@@ -332,8 +332,8 @@ def test_images_may_be_looked_at_in_portions(portion, monkeypatch):
     torch.manual_seed(0)
     layer, images = nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(7, 3, 6, 6).double() + 1
     missing = torch.randn_like(layer(images))
-    monkeypatch.setattr(linear, "PORTION", portion)
-    patches, problem = linear.patches_of(layer, images), equations(layer, centre=True)
+    monkeypatch.setattr(patches, "PORTION", portion)
+    columns, problem = patches.patches_of(layer, images), equations(layer, centre=True)
     problem.add(images, missing)
-    assert torch.allclose(problem.plain(), patches @ patches.mT)
-    assert torch.allclose(linear.gram(layer, images), patches @ patches.mT)
+    assert torch.allclose(problem.plain(), columns @ columns.mT)
+    assert torch.allclose(patches.gram(layer, images), columns @ columns.mT)

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from lib import RECIPES, Recipe, Sequential, Uniform, compress
 from lib.fold import fold_batchnorm
 from lib.relevance import (
     AGGREGATES,
+    UnsupportedLayerError,
     input_relevance,
     unit_sensitivity,
     weight_relevance,
@@ -307,3 +308,90 @@ def test_a_layer_of_ones_own_that_is_linear_for_the_first_images_alone_is_not_re
         for order in (slice(None), torch.arange(len(images)).flip(0))
     )
     torch.testing.assert_close(forward, backward)
+
+
+def test_one_sample_after_the_other_without_an_axis_for_them():
+    loop = Around(lambda n, x: torch.stack([n[2](n[1](n[0](row))) for row in x]))
+    plain, (x, y) = Around(lambda n, x: n(x)), _data()
+    torch.testing.assert_close(weight_relevance(loop, x, y), weight_relevance(plain, x, y))
+    assert _error(loop, compress(loop, x, y).to_model(loop), x) < 0.1
+    with pytest.raises(UnsupportedLayerError, match="aggregate='sum' or batch_size=1"):
+        weight_relevance(loop, x, y, aggregate="abs")
+
+
+class Halved(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+@pytest.mark.parametrize("recipe", ["lrp-sequential", "lrp-gradual-rd", "uniform"])
+def test_a_bias_that_is_computed_stays_as_it_is(recipe):
+    model, (x, y) = _net(), _data()
+    parametrize.register_parametrization(model[0], "bias", Halved())
+    small = compress(model, x, y, recipe)
+    original = "0.parametrizations.bias.original"
+    torch.testing.assert_close(
+        small.state_dict()[original].float(), model.state_dict()[original], rtol=1e-3, atol=1e-3
+    )
+    assert _error(model, small.to_model(model), x) < 1
+
+
+class Selecting(nn.Module):
+    """Layers with one of torch's functions between them."""
+
+    def __init__(self, function, inputs, width):
+        super().__init__()
+        self.c, self.o = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Linear(width, 4, bias=False)
+        self.register_buffer("grid", F.affine_grid(0.8 * torch.eye(2, 3)[None], (1, 4, 6, 6)))
+        self.function = function
+
+    def forward(self, x):
+        return self.o(self.function(self, F.relu(self.c(x))).flatten(1))
+
+
+def _unpooled(s, h):
+    return F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2)
+
+
+SELECTING = {
+    "median": (lambda s, h: h.flatten(2).median(2).values, 4),
+    "third smallest": (lambda s, h: h.flatten(2).kthvalue(30, 2).values, 4),
+    "pooled, and back": (_unpooled, 144),
+    "adaptively": (lambda s, h: F.adaptive_max_pool2d(h, 2, return_indices=True)[0], 16),
+    "on a grid": (lambda s, h: F.grid_sample(h, s.grid.expand(len(h), -1, -1, -1)), 144),
+    "in half precision": (lambda s, h: h.half().to(h.dtype).bfloat16().to(h.dtype), 144),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Default grid_sample", "ignore:Default affine")
+@pytest.mark.parametrize("name", SELECTING)
+def test_functions_that_select_or_mix_pass_relevance_by_their_gradient(name):
+    torch.manual_seed(0)
+    model, x = Selecting(SELECTING[name][0], 2, SELECTING[name][1]), torch.randn(6, 2, 6, 6)
+    y = torch.arange(6) % 4
+    scores = weight_relevance(model, x, y)
+    model(x).gather(1, y[:, None]).sum().backward()
+    for path, weight in model.named_parameters():
+        torch.testing.assert_close(
+            scores[path], weight.detach() * weight.grad, rtol=1e-4, atol=1e-4
+        )
+
+
+def _wide(logits):
+    return logits[:, :, None].expand(-1, -1, 4)
+
+
+def test_cosine_similarity_is_a_product_of_two_that_are_normalised():
+    written = Around(lambda n, x: (F.normalize(n(x))[:, None] * F.normalize(PROTOTYPES)).sum(2))
+    given = Around(lambda n, x: F.cosine_similarity(n(x)[:, None], PROTOTYPES[None], dim=2))
+    torch.testing.assert_close(
+        weight_relevance(given, *_data()), weight_relevance(written, *_data())
+    )
+    both = Around(lambda n, x: F.cosine_similarity(n(x)[:, None], n(-x)[:, :, None], dim=-1))
+    apart = Around(
+        lambda n, x: (F.normalize(n(x))[:, None] * F.normalize(_wide(n(-x)), dim=-1)).sum(-1)
+    )
+    torch.testing.assert_close(weight_relevance(both, *_data()), weight_relevance(apart, *_data()))
+
+
+PROTOTYPES = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..checks import check_model
 from ..codes import Codes
 from ..files import write_bytes
 from ..inputs import copied, tensors_of, unwrapped
@@ -138,7 +139,10 @@ class Compressed(Mapping[str, Entry]):
         ------
         CompressedFileError
             For a model with other names or shapes; the message gives the first.
+        ValueError, UnsupportedLayerError
+            For what is no ``nn.Module``, or a compiled one.
         """
+        check_model(model)
         model = unwrapped(model)
         expected = tensors_of(model)
         for name, tensor in expected.items():

@@ -188,8 +188,8 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
             squares = output.double().square().sum(-1).flatten()
             now = z.index_add_(1, inputs[0].flatten(), torch.stack([0 * squares, squares, squares]))
         else:
-            linear = isinstance(layer, nn.Linear)
-            z = (output.flatten(0, -2).unsqueeze(-1) if linear else output.flatten(2)).double()
+            linear, size = isinstance(layer, nn.Linear), output.shape[-1]
+            z = (output.reshape(-1, size, 1) if linear else output.flatten(2)).double()
             first, second = z.sum(2).sum(0), torch.linalg.vector_norm(z, dim=2).square().sum(0)
             count = torch.full_like(first, z.numel() / len(first))
             if layer.bias is not None:  # without it

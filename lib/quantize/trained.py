@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..attention import opened, views_of
 from ..codes import Codes, check
 from ..finetune import finetune
-from ..linear import Layer, Place, bias_of, layers_of, patches_of, watch
+from ..linear import Layer, Place, bias_of, layers_of, watch
 from ..moments import input_moments
+from ..patches import patches_of
 from ..prune import Removed
 from .columns import cheapest, code_lengths
 from .quantizer import Quantizer

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_samples
 from ..dense import dense_layers
 from ..fold import TRANSPOSED
-from ..inputs import Output, UnsupportedLayerError, check_samples, unwrapped
+from ..inputs import Output, UnsupportedLayerError, unwrapped
 from .collect import Run, totals
 from .collectors import Inputs, Units
 from .rules import COMPOSITES, EPSILON, RULES, Rule, RuleLike

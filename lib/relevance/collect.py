@@ -7,15 +7,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_logits, check_model, check_samples
 from ..fold import fold
 from ..inputs import (
     FullPrecision,
     Output,
     UnsupportedLayerError,
     batched,
-    check_logits,
-    check_model,
-    check_samples,
     copied,
     full_precision,
     own,
@@ -62,8 +60,8 @@ class Run(Generic[C]):
         model = unwrapped(model)
         if start not in STARTS and not (ordinary and start == "loss"):
             raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}")
-        if batch_size < 1:
-            raise ValueError("batch_size must be at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size}")
         choose = chooser(rule)
         check_samples(images, labels)
         choose = bounded(choose, images)
@@ -74,13 +72,6 @@ class Run(Generic[C]):
                     f"module {path!r} ({type(module).__name__}) has no running statistics, so that "
                     "the output for an image depends on the others: make it with "
                     "track_running_stats=True"
-                )
-        memory = {w.untyped_storage().data_ptr(): n for n, w in scored_weights(model).items()}
-        for path, buffer in model.named_buffers():
-            if buffer.numel() and (name := memory.get(buffer.untyped_storage().data_ptr())):
-                raise UnsupportedLayerError(
-                    f"the buffer {path!r} shares the memory of the weight {name!r}, whose "
-                    "relevance it would keep: read the weight itself, or make the buffer a copy"
                 )
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size

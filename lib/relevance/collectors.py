@@ -169,9 +169,10 @@ def _only_used(layer: Layer) -> None:
     if layer.stored:
         raise UnsupportedLayerError(
             f"{layer.place[0]!r} is no weight of units: its layer multiplies by one that is "
-            "computed from it; choose a recipe without units and inputs (uniform, magnitude, "
-            "lrp-paper), or make the computed weight a parameter "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
+            "computed from it (a parametrization, or a slice, a view or a sum); choose a recipe "
+            "without units and inputs (uniform, magnitude, lrp-paper), or give the layer a "
+            "parameter of its own, by torch.nn.utils.parametrize.remove_parametrizations where "
+            "it has one"
         )
 
 
@@ -181,8 +182,16 @@ class Units(Collected):
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__(weights)
         self.counts: dict[str, Tensor] = {}  # terms in each unit's sum
+        self.turned: dict[str, bool] = {}  # whether units are along its second axis
 
     def unit(self, layer: Layer, g: Tensor) -> None:
+        name, turned = layer.place[0], bool(layer.operation.options[3:4] == (True,))
+        if self.turned.setdefault(name, turned) != turned:
+            raise UnsupportedLayerError(
+                f"the weight {name!r} is used by a convolution and by a transposed one, whose "
+                "units are not the same: choose a recipe without units (uniform, magnitude, "
+                "lrp-paper), or give each a weight of its own"
+            )
         axis = 1 if layer.operation.options else g.dim() - 1
         squared = g.square().sum([d for d in range(g.dim()) if d != axis])  # [units]
         self._add(layer, squared, g.numel() // len(squared))

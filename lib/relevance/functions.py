@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import UnsupportedLayerError
-from .factors import Factor, Gate
-from .layers import Activate, Collector, Embed, Key, Layer
+from .factors import Factor
+from .layers import Collector, Embed, Key, Layer
 from .operations import Operation
 from .rules import Rule
 
@@ -38,6 +38,8 @@ class Forward(Protocol):
 
 
 def _linear(mode: Forward, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.dim() == 1:  # one sample without an axis of its own
+        return mode.layer(input[None], weight, bias, Operation())[0]
     return mode.layer(input, weight, bias, Operation())
 
 
@@ -123,88 +125,6 @@ def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     return [rows if i in shared else t for i, t in enumerate(summands)]
 
 
-def _batch_norm(
-    mode: Forward, input: Tensor, mean: Tensor | None, var: Tensor,
-    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5, *args: Any,
-) -> Tensor:  # fmt: skip
-    if (mean is None or training) and getattr(input, "computed", False):
-        dims = (0, *range(2, input.dim()))  # of a weight: weight standardisation
-        shape = (1, -1, *[1] * (input.dim() - 2))
-        weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
-        return _affine(mode, _standardise(input, dims, eps), weight, bias)
-    if mean is None or training:
-        raise mode.refuse("BatchNorm with batch statistics", "set track_running_stats")
-    scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)  # [channels]
-    shift = (0 if bias is None else bias) - mean * scale  # [channels]
-    shape = (1, -1, *[1] * (input.dim() - 2))
-    return input * scale.view(shape) + shift.view(shape)
-
-
-def _standardise(x: Tensor, dims: tuple[int, ...], eps: float, centre: bool = True) -> Tensor:
-    """Normalisation whose scale is a constant to relevance (Ali et al. 2022, ICML)."""
-    x = x - x.mean(dims, keepdim=True) if centre else x
-    return x * torch.rsqrt(x.detach().square().mean(dims, keepdim=True) + eps)
-
-
-def _affine(mode: Forward, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        x = mode.half(x * weight) if weight.requires_grad else x * weight
-    return x if bias is None else x + bias
-
-
-def _layer_norm(
-    mode: Forward, input: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(mode, _standardise(input, dims, eps), weight, bias)
-
-
-def _rms_norm(
-    mode: Forward, input: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = None, eps: float | None = None,
-) -> Tensor:  # fmt: skip
-    dims = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(mode, _standardise(input, dims, eps, centre=False), weight, None)
-
-
-def _group_norm(
-    mode: Forward, input: Tensor, num_groups: int,
-    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    grouped = input.unflatten(1, (num_groups, -1))  # [samples, groups, channels / groups, ...]
-    dims = tuple(range(2, grouped.dim()))
-    shape = (1, -1, *[1] * (input.dim() - 2))
-    weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
-    return _affine(mode, _standardise(grouped, dims, eps).flatten(1, 2), weight, bias)
-
-
-def _instance_norm(
-    mode: Forward, input: Tensor, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
-    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    if not use_input_stats:
-        assert running_var is not None
-        return _batch_norm(mode, input, running_mean, running_var, weight, bias, eps=eps)
-    return _group_norm(mode, input, input.shape[1], weight, bias, eps)
-
-
-def _normalize(
-    mode: Forward, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    if out is not None:
-        raise mode.refuse("normalize into a tensor given as out", "use what it returns")
-    return input / input.detach().norm(p, dim, keepdim=True).clamp_min(eps)
-
-
-def _weight_norm(mode: Forward, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v.detach(), 2, dim))
-
-
 def _attend(
     mode: Forward, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -272,13 +192,6 @@ def _multi_head_attention(mode: Forward, *args: Any, **kwargs: Any) -> tuple[Ten
     return out.transpose(0, 1), attention if p["need_weights"] else None
 
 
-def _glu(mode: Forward, input: Tensor, dim: int = -1) -> Tensor:
-    signal, x = input.chunk(2, dim)
-    with torch.no_grad():
-        value = x.sigmoid()
-    return mode.product(signal, Gate.of(x, Activate.apply(x, value), "sigmoid"))
-
-
 LAYERS: dict[str, Callable] = {
     "linear": _linear,
     **{f"conv{d}d": _convolution(d, False) for d in (1, 2, 3)},
@@ -286,14 +199,4 @@ LAYERS: dict[str, Callable] = {
     "embedding": _embedding,
     "scaled_dot_product_attention": _sdpa,
     "multi_head_attention_forward": _multi_head_attention,
-}
-NORMALISATIONS: dict[str, Callable] = {
-    "batch_norm": _batch_norm,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
-    "instance_norm": _instance_norm,
-    "normalize": _normalize,
-    "weight_norm": _weight_norm,
-    "glu": _glu,
 }

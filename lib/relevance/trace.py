@@ -12,8 +12,9 @@ from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
 from .changes import Changes, out_of_place
 from .factors import RESTING, Factor, Gate, Held, Multiply, Normaliser, factor_of, hand_on, swap
-from .functions import LAYERS, NORMALISATIONS, spread
+from .functions import LAYERS, spread
 from .layers import Activate, Collector, Key, Layer, Propagate
+from .norms import NORMALISATIONS
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
 from .weights import computed, place, refusal, used
@@ -133,6 +134,8 @@ class Propagation(TorchFunctionMode):
         name = (func.__self__.__name__ if name == "__get__" else name).strip("_")
         if name in kinds.UNSEEN or not any(True for _ in tensors((args, kwargs))):
             return func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors((args, kwargs))):
+            raise self.refuse(f"{name!r} inside torch.func", "write vmap or grad out as a loop")
         with ExitStack() as stack:
             stack.enter_context(full_precision())
             if self.recording and torch.is_inference_mode_enabled():
@@ -175,10 +178,6 @@ class Propagation(TorchFunctionMode):
             hand_on(func, name, args, kwargs, result)
         return result
 
-    def carries(self, name: str) -> bool:
-        """Whether relevance passes a function to each of its arguments alike."""
-        return name in kinds.GRADIENT or name in kinds.ELEMENTWISE
-
     def _propagate(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Any:
         if name in kinds.FUSED:
             product, scale = kinds.FUSED[name]
@@ -193,7 +192,10 @@ class Propagation(TorchFunctionMode):
         constant |= power and not bool((torch.as_tensor(args[1]) > 0).all())
         if constant or name in kinds.RECIPROCALS:
             return self._reciprocal(func, name, args, kwargs)
-        if (name in kinds.ELEMENTWISE and not (name in kinds.BOUNDS and tracked > 1)) or power:
+        if name in kinds.FIRST and _tracked((args[1:], kwargs)):
+            raise self.refuse(f"{name!r} of more than one activation", kinds.ADVICE[name])
+        bound = name in kinds.BOUNDS and tracked > 1  # an activation itself: as in minimum
+        if power or (name in kinds.ELEMENTWISE and not bound):
             with torch.no_grad():
                 out = func(*args, **kwargs)
             x = args[0] if args else kwargs["input"]
@@ -203,7 +205,7 @@ class Propagation(TorchFunctionMode):
             return result
         if name in ("add", "radd"):
             args = spread(self, args)
-        if name in kinds.GRADIENT or name in kinds.BOUNDS:
+        if name in kinds.GRADIENT or bound:
             return func(*args, **kwargs)
         if name == "var":  # of degree two: its gradient would bring twice its relevance
             return self.half(func(*args, **kwargs))

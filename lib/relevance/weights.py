@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..inputs import UnsupportedLayerError, tensors
 from .functions import Forward, look_up, stored
-from .kinds import LIKE
+from .kinds import ELEMENTWISE, GRADIENT, LIKE
 from .layers import Key
 from .operations import Operation
 
@@ -29,7 +29,6 @@ class Following(Forward, Protocol):
     aliases: dict[int, tuple[Tensor, Key, bool]]
 
     def vouch(self, result: Any) -> Any: ...
-    def carries(self, name: str) -> bool: ...
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any: ...
     def __torch_function__(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any: ...
 
@@ -83,7 +82,7 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
     if name in LIKE and subject is None:
         return mode.applied(func, name, args, kwargs)
     weights = [t for t in tensors((args, kwargs)) if place(mode, t)]
-    if all(t.dim() == 2 for t in weights) and mode.carries(name):
+    if all(t.dim() == 2 for t in weights) and (name in GRADIENT or name in ELEMENTWISE):
         args, kwargs = _replaced(mode, (args, kwargs), name, _rows_of)
         return computed(mode.applied(func, name, args, kwargs), (args, kwargs))
     active = [t for t in tensors((args, kwargs)) if t.requires_grad and not hasattr(t, "computed")]
@@ -161,7 +160,12 @@ def _replaced(
 
 def refusal(mode: Forward, key: Key, name: str) -> UnsupportedLayerError:
     """The error for a scored weight in a function that has no rule for it."""
-    return mode.refuse(
-        f"the weight {key[0]!r} in {name!r}, outside of its layer",
-        "call the layer, or torch.nn.functional.linear with the weight itself",
-    )
+    advice = "call the layer, or torch.nn.functional.linear with the weight itself"
+    path, computed, rest = key[0].partition(".parametrizations.")
+    if computed:
+        weight = rest.partition(".")[0]
+        advice = (
+            "apply torch.nn.utils.parametrize.remove_parametrizations("
+            f"model.{path}, {weight!r}) first"
+        )
+    return mode.refuse(f"the weight {key[0]!r} in {name!r}, outside of its layer", advice)
