@@ -17,7 +17,7 @@ NAME = $(PROFILE)$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0,$
 EXECUTED = $(if $(CACHE_ROOT),$(CACHE_ROOT),.cache)/$(NAME)/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help env link reproduce run-all test test-units test-notebooks mutants test-machines spread test-survival test-hostile types lab verify report bench peers notebooks lock clean
+.PHONY: help env link reproduce run-all test test-units test-study test-notebooks mutants test-machines spread test-survival test-hostile types lab verify report bench peers notebooks lock clean
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=quick|paper] [DATASETS=mnist,...] [DATA_ROOT=folder] [SEED=0] [PER_CLASS=0]"
@@ -66,17 +66,20 @@ run-%: env
 	$(RUN) study execute $* $(CASES) || exit $$?; \
 	$(RUN) study stamp $* $(CASES)
 
-# Unit tests and notebooks use one core each, so both go at once; each tells all when it is done.
+# Each of the three uses one core, so two go at once; each tells all when it is done.
 TOGETHER = --jobs=2 $(if $(findstring output-sync,$(.FEATURES)),--output-sync=target)
 
-test: env  ## style and types; unit tests beside notebooks against stored outputs, then the numbers
+test: env  ## style and types; notebooks against stored outputs, then the numbers; unit tests beside
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy lib
-	@$(MAKE) --no-print-directory $(TOGETHER) test-units test-notebooks
+	@$(MAKE) --no-print-directory $(TOGETHER) test-notebooks test-units test-study
 
 test-units: env
-	$(RUN) pytest tests --ignore tests/regression
+	$(RUN) pytest tests --ignore tests/study --ignore tests/regression
+
+test-study: env
+	$(RUN) pytest tests/study
 
 test-notebooks: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
 test-notebooks: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures

@@ -126,10 +126,10 @@ def test_an_unreadable_file_is_one_sentence(command, content, message, tmp_path,
 
 
 def test_help_and_bad_usage():
-    def call(*arguments):
-        command = [sys.executable, "-m", "lib", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    shown = call("--help")
+    command = [sys.executable, "-m", "lib", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.returncode == 0 and "inspect" in shown.stdout and "diff" in shown.stdout
-    assert call().returncode == 2 and call("diff", "one").returncode == 2
+    for words in ([], ["diff", "one"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2

@@ -65,15 +65,15 @@ def flat(recipe: Recipe) -> dict:
             "refit": repair.refit,
             "renormalise": repair.renormalise,
         }
-        for name, kind in (("fraction", float), ("density", float), ("scope", str)):
+        for name, made in (("fraction", float), ("density", float), ("scope", str)):
             if hasattr(remove, name):
-                fields[name] = kind(getattr(remove, name))
+                fields[name] = made(getattr(remove, name))
     else:
         told["repair"] |= {"refit", "renormalise"}  # nothing is removed: nothing to repair
     if repair.finetune:
         fields |= {"finetune": repair.finetune, "optimiser": repair.optimiser}
     told["store"] |= {store.knob, "widths"}
-    fields["quantizer"] = STORES.get(type(store), type(store).__name__)
+    fields["quantizer"] = kind(store)
     fields["lam" if store.knob == "price" else store.knob] = float(store.value)
     if isinstance(store, Tiers):
         fields["widths"] = tuple(store.widths)
@@ -83,6 +83,11 @@ def flat(recipe: Recipe) -> dict:
     for part, value in (("remove", remove), ("repair", repair), ("store", store)):
         fields |= _later(part, value, told[part])
     return fields
+
+
+def kind(store) -> str:
+    """What a quantizer is called in addresses, and in the knobs of profiles."""
+    return STORES.get(type(store), type(store).__name__)
 
 
 def _name(by) -> str:

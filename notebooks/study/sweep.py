@@ -22,7 +22,7 @@ from .data import sample, split
 from .jobs import Job
 from .profiles import PROFILES, Case, cases, folder_name
 from .progress import bar
-from .records import STORES, address, base_address, provenance, read_json, write, write_json
+from .records import address, base_address, kind, provenance, read_json, write, write_json
 from .results import Results
 
 LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
@@ -180,8 +180,7 @@ class Study(Results):
                 write_json(path, record)
 
     def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
-        kind = type(recipe.store)
-        name, values = STORES.get(kind, kind.__name__), [recipe.store.value]
+        name, values = kind(recipe.store), [recipe.store.value]
         if name in knobs:
             values = self.profile.special.get(case.model, {}).get(name, knobs[name])
         return [recipe.at(float(value)) for value in values]

@@ -27,9 +27,9 @@ from study import Study, claims, jobs, profiles, publish, smallest_files
 from study.bases import SCHEDULES, Schedule
 from lib import RECIPES
 
-SCHEDULES["digits", "resnet8"] = Schedule(2, 0.05, 64)
+SCHEDULES["digits", "lenet300"] = Schedule(3, 0.05, 64)
 quick = profiles.PROFILES["quick"]
-profiles.PROFILES["quick"] = replace(quick, networks={"digits": {"resnet8": (0,)}}, per_class=2)
+profiles.PROFILES["quick"] = replace(quick, networks={"digits": {"lenet300": (0,)}}, per_class=2)
 jobs.Parallel = lambda **_: lambda asked: (f(*a) for f, a, _ in asked)  # a worker dies with us
 print("begin", flush=True)
 study = Study("quick")
