@@ -14,7 +14,7 @@ from . import kinds
 from .layers import Activate
 
 Many = Sequence[Tensor]
-Multiply = Callable[[Tensor, Tensor], Tensor]  # signal and factor -> their product
+Multiply = Callable[[Tensor, Tensor], Tensor]  # two factors -> their product
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -63,34 +63,22 @@ class Gate:
         rest = torch.full_like(x, at_zero)
         return cls(value, Activate.apply(x, moved) + rest, rest)
 
-    def times(self, signal: Tensor, how: str, multiply: Multiply) -> Tensor | None:
-        """The product with a signal, shared as ``Rule.gate`` says; None: like any other."""
-        if how == "half":
-            return None
-        if how == "signal":
-            return multiply(signal, self.value.detach())
-        at_rest = multiply(signal, (self.value.detach() + self.rest) / 2)
-        return at_rest + multiply(signal.detach() / 2, self.moved - self.rest)
+    @classmethod
+    def seen(cls, activation: Tensor) -> "Gate":
+        """The gate that an activation is; others have nothing at rest and move by themselves."""
+        factor = getattr(activation, "factor", None)
+        if isinstance(factor, Gate):
+            return factor
+        return cls(activation, activation, torch.zeros_like(activation))
 
 
-@dataclass(frozen=True)
 class Normaliser:
     """The reciprocal of an activation: a constant to relevance (Ali et al. 2022, ICML)."""
-
-    value: Tensor
-
-    def times(self, signal: Tensor, how: str, multiply: Multiply) -> Tensor:
-        """All relevance goes to the signal."""
-        return multiply(signal, self.value.detach())
 
 
 def several(result: Tensor | Many) -> Many:
     """The results of a function that gives one tensor, or several."""
     return [result] if isinstance(result, Tensor) else result
-
-
-Factor = Gate | Normaliser
-"""One of two activations that are multiplied."""
 
 
 class Held(torch.autograd.Function):
@@ -108,11 +96,28 @@ class Held(torch.autograd.Function):
         raise ctx.error
 
 
-def factor_of(value: Any, kind: type[Factor]) -> Factor | None:
-    """The factor of this kind that a value is, if it is one."""
-    factor = getattr(value, "factor", None)
-    at_rest = isinstance(factor, Gate) and not factor.rest.any()
-    return factor if isinstance(factor, kind) and not at_rest else None
+def shared(one: Tensor, other: Tensor, how: str, multiply: Multiply) -> Tensor | None:
+    """The product of two activations, shared as ``Rule.gate`` says; None: by equal halves.
+
+    Of two gates the product is one itself; see ``hand_on``.
+    """
+    first, second = Gate.seen(one), Gate.seen(other)
+    shifted = [bool(gate.rest.any()) for gate in (first, second)]
+    if how == "half" or (first.value is first.moved and second.value is second.moved):
+        return None
+    if how == "signal":
+        if shifted == [False, True]:
+            return multiply(one, other.detach())
+        return multiply(one.detach(), other) if shifted == [True, False] else None
+    return None if all(shifted) else _both_moved(first, second, multiply)
+
+
+def _both_moved(first: Gate, second: Gate, multiply: Multiply) -> Tensor:
+    """What a product is at rest, and both Shapley values of what moves it from there."""
+    one, other = ((gate.value.detach() + gate.rest) / 2 for gate in (first, second))
+    by_first = multiply(first.moved - first.rest, other)
+    by_second = multiply(one, second.moved - second.rest)
+    return by_first + by_second + multiply(first.rest, second.rest)
 
 
 def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -> None:
@@ -121,16 +126,15 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     A function that is linear in all activations takes a gate as it is and at rest alike; where
     others are joined with gates, these count whole, as signals with nothing at rest. What moves
     an elementwise function of a gate is what moves the gate, times the slope between both ends.
-    The product of two gates has the sum of both Shapley values, as in ``Gate.times``.
+    The product of two gates moves by both Shapley values.
     """
     tracked = {id(t): t for t in tensors((args, kwargs)) if t.requires_grad}
     factors = {i: getattr(t, "factor", None) for i, t in tracked.items()}
     gates = {i: factor for i, factor in factors.items() if isinstance(factor, Gate)}
     if name in kinds.KEPT and all(isinstance(f, Normaliser) for f in factors.values()):
         for value in several(result):
-            value.factor = Normaliser(value)  # type: ignore[attr-defined]
-    # A gate with nothing at rest, among others, is an activation as they are.
-    if not gates or (len(gates) < len(tracked) and not any(g.rest.any() for g in gates.values())):
+            value.factor = Normaliser()  # type: ignore[attr-defined]
+    if not gates:
         return
 
     def at(new: dict[int, Tensor]) -> Many:
@@ -146,15 +150,10 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     elif alone and name in kinds.BENT:
         (gate,), (place,) = gates.values(), gates
         result.factor = _bent(lambda x: at({place: x})[0], gate, result)
-    elif len(gates) == 2 == len(tracked) and name in kinds.PRODUCTS:
-        (one, first), (two, second) = gates.items()
-        step = at({
-            one: first.moved - first.rest, two: (second.value.detach() + second.rest) / 2
-        })[0] + at({
-            one: (first.value.detach() + first.rest) / 2, two: second.moved - second.rest
-        })[0]  # fmt: skip
-        still = at(rest)[0]
-        result.factor = Gate(result, still + step, still)
+    elif len(gates) == 2 == len(tracked) and name in kinds.PRODUCTS and at(rest)[0].any():
+        first, second = gates.values()
+        both = _both_moved(first, second, swap(func, args, kwargs, *tracked.values()))
+        result.factor = Gate(result, both, at(rest)[0])
 
 
 def _bent(func: Callable[[Tensor], Tensor], gate: Gate, value: Tensor) -> Gate:
@@ -181,8 +180,8 @@ def _swapped(tree: Any, new: Mapping[int, Tensor]) -> Any:
     return new.get(id(tree), tree)
 
 
-def swap(func: Callable, args: tuple, kwargs: dict, signal: Tensor, factor: Tensor) -> Multiply:
-    """The product that a function gives for other values of signal and factor."""
-    return lambda s, f: func(
-        *_swapped(args, new := {id(signal): s, id(factor): f}), **_swapped(kwargs, new)
+def swap(func: Callable, args: tuple, kwargs: dict, one: Tensor, other: Tensor) -> Multiply:
+    """The product that a function gives for other values of two of its arguments."""
+    return lambda first, second: func(
+        *_swapped(args, new := {id(one): first, id(other): second}), **_swapped(kwargs, new)
     )

@@ -106,7 +106,9 @@ def _glu(mode: Forward, input: Tensor, dim: int = -1) -> Tensor:
     signal, x = input.chunk(2, dim)
     with torch.no_grad():
         value = x.sigmoid()
-    return mode.product(signal, Gate.of(x, Activate.apply(x, value), "sigmoid"))
+    gate = Activate.apply(x, value)
+    gate.factor = Gate.of(x, gate, "sigmoid")
+    return mode.product(signal, gate)
 
 
 NORMALISATIONS: dict[str, Callable] = {

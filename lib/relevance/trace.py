@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
 from .changes import Changes, out_of_place
-from .factors import RESTING, Factor, Gate, Held, Multiply, Normaliser, factor_of, hand_on, swap
+from .factors import RESTING, Gate, Held, Multiply, Normaliser, hand_on, shared, swap
 from .functions import LAYERS, spread
 from .layers import Activate, Collector, Key, Layer, Propagate
 from .norms import NORMALISATIONS
@@ -227,13 +227,9 @@ class Propagation(TorchFunctionMode):
         if tracked < 2 or len(weights) == 1:  # linear in the activation, as a layer is
             return func(*args, **kwargs)
         one, other = (t for t in tensors((args, kwargs)) if t.requires_grad)
-        for kind in (Normaliser, Gate) if name in kinds.ELEMENTWISE_PRODUCTS else (Gate,):
-            first, second = (factor_of(t, kind) for t in (one, other))
-            if first is None and second is not None:
-                return self.product(one, second, swap(func, args, kwargs, one, other))
-            if first is not None and second is None:
-                return self.product(other, first, swap(func, args, kwargs, other, one))
-        return self.half(func(*args, **kwargs))
+        if one is other:
+            return self.half(func(*args, **kwargs))
+        return self.product(one, other, swap(func, args, kwargs, one, other))
 
     def _reciprocal(self, func: Callable, name: str, args: Any, kwargs: dict) -> Tensor:
         with torch.no_grad():
@@ -244,7 +240,7 @@ class Propagation(TorchFunctionMode):
             "multiply the activation that it normalises by it, or divide that one",
         )
         result = Held.apply(x, out, error)
-        result.factor = Normaliser(result)
+        result.factor = Normaliser()
         return result
 
     def layer(
@@ -286,12 +282,16 @@ class Propagation(TorchFunctionMode):
             "make it a parameter (torch.nn.utils.parametrize.remove_parametrizations)",
         )
 
-    def product(self, signal: Tensor, factor: Factor, multiply: Multiply = torch.mul) -> Tensor:
-        """The product of a signal and a factor, sharing relevance by the current module's rule."""
-        self.held.append(factor.value)
+    def product(self, one: Tensor, other: Tensor, multiply: Multiply = torch.mul) -> Tensor:
+        """The product of two activations, sharing relevance by the current module's rule."""
+        factors = [getattr(t, "factor", None) for t in (one, other)]
+        self.held += [t for t, f in zip((one, other), factors, strict=True) if f is not None]
+        normal = [isinstance(f, Normaliser) for f in factors]
+        if any(normal) and not all(normal):
+            return multiply(one.detach(), other) if normal[0] else multiply(one, other.detach())
         how = self.choose(self.path[-1] if self.path else "", False, False).gate
-        shared = None if self.ordinary else factor.times(signal, how, multiply)
-        return self.half(multiply(signal, factor.value)) if shared is None else shared
+        product = None if self.ordinary else shared(one, other, how, multiply)
+        return self.half(multiply(one, other)) if product is None else product
 
 
 def _tracked(values: Any) -> int:
