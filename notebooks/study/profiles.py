@@ -82,6 +82,8 @@ PROFILES = {
             "ECQx": _prices(range(7, 11), 2),
         },
         special={
+            # units weighed alike need a lower price there: at a higher one a layer ends empty
+            "lenet5": {"Trained": _prices((1, 3, 4, 5, 6, 8))},
             "resnet20": {
                 "tiers": (3, 4, 5),
                 "uniform": (3, 4, 5, 6),
@@ -100,7 +102,7 @@ PROFILES = {
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
-        left_out={"training": ("mnist-lenet5*", "cifar10*"), "more images": ("cifar10*",)},
+        left_out={"training": ("cifar10*",), "more images": ("cifar10*",)},
     ),
 }
 
