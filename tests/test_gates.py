@@ -1,5 +1,7 @@
 """Products with sigmoid gates: relevance is shared by an equation, conserved, and bounded."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -279,3 +281,44 @@ def test_squeeze_and_excitation_does_not_blow_relevance_up():
 def test_unknown_gate_lists_the_known():
     with pytest.raises(ValueError, match="shapley, signal, half"):
         Rule(gate="tanh")
+
+
+KINDS = (torch.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, lambda x: 1 + x.tanh())
+ONE = (
+    *(SHAPES[name] for name in ("one less", "twice", "clamped", "cut", "square", "power")),
+    *(torch.sigmoid, torch.tanh, F.silu, F.gelu, lambda g: g.flip(1), lambda g: g / 3),
+)
+TWO = (
+    *SECOND.values(), lambda g, h: torch.stack([g, h], 1).mean(1),
+    lambda g, h: (g[:, :, None] @ h[:, None]).diagonal(dim1=1, dim2=2),
+)  # fmt: skip
+
+
+class Drawn(Gated):
+    """A gate by an expression drawn at random, of one or two layers."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.other, self.seed = nn.Linear(5, 4, bias=False), seed
+
+    def forward(self, x):
+        draw = random.Random(self.seed)
+
+        def gate(depth):
+            if depth == 0 or draw.random() < 0.2:
+                return draw.choice(KINDS)(draw.choice((self.gate, self.other))(x))
+            if draw.random() < 0.5:
+                return draw.choice(ONE)(gate(depth - 1))
+            return draw.choice(TWO)(gate(depth - 1), gate(depth - 1))
+
+        return self.last(self.first(x) * gate(3))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_made_of_gates_is_bounded_where_they_rest(seed):
+    model, x, y = _case(Drawn(seed))
+    for layer in (model.gate, model.other):
+        layer.weight.data.mul_(1e-9)
+    scores = weight_relevance(model, x, y)
+    for name in ("gate.weight", "other.weight"):
+        assert scores[name].abs().sum() < 1e-6
