@@ -81,6 +81,8 @@ test-units: env
 test-study: env
 	$(RUN) pytest tests/study
 
+# one core: processes beside a notebook's own would only import all of it once more
+test-notebooks: export LOKY_MAX_CPU_COUNT = 1
 test-notebooks: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
 test-notebooks: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
 test-notebooks: env
