@@ -66,14 +66,15 @@ run-%: env
 	$(RUN) study execute $* $(CASES) || exit $$?; \
 	$(RUN) study stamp $* $(CASES)
 
-# Each of the three uses one core, so two go at once; each tells all when it is done.
+# Each part uses one core, so two go at once; each tells all when it is done.
 TOGETHER = --jobs=2 $(if $(findstring output-sync,$(.FEATURES)),--output-sync=target)
+NBVAL = $(patsubst run-%,nbval-%,$(FIRST) $(LAST))
 
-test: env  ## style and types; notebooks against stored outputs, then the numbers; unit tests beside
+test: env  ## style and types; unit tests beside notebooks against stored outputs, then the numbers
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy lib
-	@$(MAKE) --no-print-directory $(TOGETHER) test-notebooks test-units test-study
+	@$(MAKE) --no-print-directory $(TOGETHER) nbval-bases test-units test-notebooks test-study
 
 test-units: env
 	$(RUN) pytest tests --ignore tests/study --ignore tests/regression
@@ -81,13 +82,20 @@ test-units: env
 test-study: env
 	$(RUN) pytest tests/study
 
-# one core: processes beside a notebook's own would only import all of it once more
-test-notebooks: export LOKY_MAX_CPU_COUNT = 1
-test-notebooks: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
-test-notebooks: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
-test-notebooks: env
-	$(RUN) pytest notebooks --nbval --nbval-cell-timeout=900
+test-notebooks nbval-%: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
+test-notebooks nbval-%: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
+# processes beside a notebook's own would only import all of it once more
+test-notebooks nbval-%: export LOKY_MAX_CPU_COUNT = 1
+test-notebooks: $(NBVAL)
 	$(RUN) pytest tests/regression
+
+nbval-bases: env
+	@$(RUN) study bases
+
+nbval-09-paper: $(filter-out nbval-09-paper,$(NBVAL))
+
+nbval-%: nbval-bases
+	$(RUN) pytest "notebooks/$*.ipynb" --nbval --nbval-cell-timeout=900
 
 mutants: env  ## plant each fault of tests/mutants/ in a copy; NAMES="sign checksum": only some
 	$(VENV)/bin/python tests/mutants/run.py $(NAMES)
