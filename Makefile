@@ -76,6 +76,8 @@ test: env  ## style and types; unit tests beside notebooks against stored output
 	$(RUN) mypy lib
 	@$(MAKE) --no-print-directory $(TOGETHER) nbval-bases test-units test-notebooks test-study
 
+# a core each: threads and processes of their own would only wait for those of the other part
+test-units test-study test-notebooks nbval-%: export LOKY_MAX_CPU_COUNT = 1
 test-units: env
 	$(RUN) pytest tests --ignore tests/study --ignore tests/regression
 
@@ -84,8 +86,6 @@ test-study: env
 
 test-notebooks nbval-%: export RESULTS_ROOT = $(CURDIR)/.cache/nbval/results
 test-notebooks nbval-%: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
-# processes beside a notebook's own would only import all of it once more
-test-notebooks nbval-%: export LOKY_MAX_CPU_COUNT = 1
 test-notebooks: $(NBVAL)
 	$(RUN) pytest tests/regression
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -128,8 +129,8 @@ class Run(Generic[C]):
         with full_precision():
             for images, labels in self.batches():
                 logits = self.propagate(self.collector.begin(images))  # [batch, classes]
-                if self.collector.backwards:
-                    logits.backward(start_gradient(logits.detach(), labels, self.start))
+                if self.collector.backwards:  # a sum: for gradients given, torch imports sympy
+                    (logits * start_gradient(logits.detach(), labels, self.start)).sum().backward()
                 self.collector.end()
         return self.collector
 
@@ -163,7 +164,7 @@ def _moving(network: nn.Module, scored: Mapping[str, Tensor], images: Tensor) ->
             outputs = [t for t in tensors(network(images)) if t.requires_grad]
         leaves = {id(getattr(step, "variable", None)) for step in _steps(outputs)}
         found = {name for place, name in names.items() if place in leaves}
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        reduce(torch.add, [t.sum() for t in outputs]).backward()
         found |= {n for n, w in scored.items() if w.grad is not None and bool(w.grad.any())}
     except Exception:
         return found

@@ -1,6 +1,5 @@
 """Studies: one profile's base networks, runs that are not computed twice, tables and figures."""
 
-import os
 import pickle
 import time
 from collections.abc import Iterable
@@ -82,7 +81,9 @@ class Study(Results):
         folder = self._folder(case)
         folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
-        torch.set_num_threads(max(threads, os.cpu_count()))  # training alone uses all cores
+        # Training alone uses all cores that this process may have: LOKY_MAX_CPU_COUNT says so
+        # where others run beside it, with whose threads its own would wait for each other.
+        torch.set_num_threads(max(threads, jobs.cpu_count()))
         try:
             return base(case.dataset, case.model, case.seed, folder, progress)
         finally:
