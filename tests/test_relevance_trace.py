@@ -197,8 +197,6 @@ FLOORS = (
     *("kinds", "rules", "operations", "samples", "layers", "factors", "functions", "norms"),
     *("weights", "changes", "trace", "collectors", "collect", "deeplift", "__init__"),
 )
-
-
 ABOVE = ("fold", "inputs", "checks", "dense", "fields")
 
 

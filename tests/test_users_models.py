@@ -339,7 +339,7 @@ def test_a_bias_that_is_computed_stays_as_it_is(recipe):
 class Selecting(nn.Module):
     """Layers with one of torch's functions between them."""
 
-    def __init__(self, function, inputs, width):
+    def __init__(self, function, width):
         super().__init__()
         self.c, self.o = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Linear(width, 4, bias=False)
         self.register_buffer("grid", F.affine_grid(0.8 * torch.eye(2, 3)[None], (1, 4, 6, 6)))
@@ -367,7 +367,7 @@ SELECTING = {
 @pytest.mark.parametrize("name", SELECTING)
 def test_functions_that_select_or_mix_pass_relevance_by_their_gradient(name):
     torch.manual_seed(0)
-    model, x = Selecting(SELECTING[name][0], 2, SELECTING[name][1]), torch.randn(6, 2, 6, 6)
+    model, x = Selecting(*SELECTING[name]), torch.randn(6, 2, 6, 6)
     y = torch.arange(6) % 4
     scores = weight_relevance(model, x, y)
     model(x).gather(1, y[:, None]).sum().backward()
@@ -375,6 +375,9 @@ def test_functions_that_select_or_mix_pass_relevance_by_their_gradient(name):
         torch.testing.assert_close(
             scores[path], weight.detach() * weight.grad, rtol=1e-4, atol=1e-4
         )
+
+
+PROTOTYPES = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
 
 
 def _wide(logits):
@@ -392,6 +395,3 @@ def test_cosine_similarity_is_a_product_of_two_that_are_normalised():
         lambda n, x: (F.normalize(n(x))[:, None] * F.normalize(_wide(n(-x)), dim=-1)).sum(-1)
     )
     torch.testing.assert_close(weight_relevance(both, *_data()), weight_relevance(apart, *_data()))
-
-
-PROTOTYPES = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
