@@ -92,8 +92,6 @@ test-notebooks nbval-%: export FIGURES_ROOT = $(CURDIR)/.cache/nbval/figures
 test-notebooks: $(NBVAL)
 	$(RUN) pytest tests/regression
 
-# with as many threads as in `make reproduce`: the networks, compared digit by digit, differ else
-nbval-bases: export LOKY_MAX_CPU_COUNT = $(shell getconf _NPROCESSORS_ONLN)
 nbval-bases: env
 	@$(RUN) study bases
 

@@ -90,18 +90,8 @@ def _advice_on_model(model: Any) -> str:
     return f"a {type(model).__name__}"
 
 
-def check_samples(images: Any, labels: Any, named: str = "") -> None:
-    """Raise ValueError unless images are finite, not empty, and as many as the labels.
-
-    They may be ``named`` by the argument that they came in.
-    """
-    try:
-        _check_samples(images, labels)
-    except ValueError as error:
-        raise ValueError(f"{named}: {error}" if named else str(error)) from None
-
-
-def _check_samples(images: Any, labels: Any) -> None:
+def check_samples(images: Any, labels: Any) -> None:
+    """Raise ValueError unless images are finite, not empty, and as many as the labels."""
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             loader = hasattr(value, "dataset") or isinstance(value, Iterator)

@@ -124,7 +124,10 @@ def check_batches(name: str, data: Batches | None) -> None:
     if isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = data
         if not isinstance(images, (tuple, list)):  # two batches
-            return check_samples(images, labels, name)
+            try:
+                return check_samples(images, labels)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     if isinstance(data, (str, Tensor, Mapping)) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise ValueError(f"{name} must be (images, labels) or a DataLoader, not a {kind}")

@@ -140,9 +140,9 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     def at(new: dict[int, Tensor]) -> Many:
         return several(func(*_swapped(args, new), **_swapped(kwargs, new)))
 
-    moved = tracked | {i: gate.moved for i, gate in gates.items()}
-    rest = {i: torch.zeros_like(t) for i, t in tracked.items()}
-    rest |= {i: gate.rest for i, gate in gates.items()}
+    seen = {i: Gate.seen(t) for i, t in tracked.items()}
+    moved = {i: gate.moved for i, gate in seen.items()}
+    rest = {i: gate.rest for i, gate in seen.items()}
     alone, whole = len(tracked) == 1, sum(t.requires_grad for t in tensors((args, kwargs)))
     if name in kinds.JOINS or (alone and whole == 1 and name in kinds.KEPT | kinds.PRODUCTS):
         for value, move, still in zip(several(result), at(moved), at(rest), strict=True):
@@ -150,10 +150,12 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     elif alone and name in kinds.BENT:
         (gate,), (place,) = gates.values(), gates
         result.factor = _bent(lambda x: at({place: x})[0], gate, result)
-    elif len(gates) == 2 == len(tracked) and name in kinds.PRODUCTS and at(rest)[0].any():
-        first, second = gates.values()
-        both = _both_moved(first, second, swap(func, args, kwargs, *tracked.values()))
-        result.factor = Gate(result, both, at(rest)[0])
+    elif len(gates) == 2 == len(tracked) and name in kinds.PRODUCTS:
+        (still,) = at(rest)
+        if still.any():
+            first, second = gates.values()
+            both = _both_moved(first, second, swap(func, args, kwargs, *tracked.values()))
+            result.factor = Gate(result, both, still)
 
 
 def _bent(func: Callable[[Tensor], Tensor], gate: Gate, value: Tensor) -> Gate:

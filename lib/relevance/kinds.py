@@ -25,7 +25,7 @@ _GRADIENT = """add radd sub rsub subtract neg negative sum mean cat concat conca
     view_as_complex fft_fft fft_fft2 fft_fftn fft_ifft2 fft_rfft fft_rfft2 fft_irfft fft_irfft2
     fft_fftshift norm linalg_norm linalg_vector_norm std"""
 _ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid hardswish hardsigmoid hardtanh relu6
-    softplus logsigmoid log_sigmoid softsign clamp clamp_min clamp_max clip hardshrink
+    softplus log_sigmoid softsign clamp clamp_min clamp_max clip hardshrink
     softshrink tanhshrink rrelu erf abs absolute sqrt square log1p expm1 atan sin sinh asinh tan
     local_response_norm"""
 GRADIENT, ELEMENTWISE = frozenset(_GRADIENT.split()), frozenset(_ELEMENTWISE.split())
@@ -68,11 +68,12 @@ BENT = ELEMENTWISE | ELEMENTWISE_PRODUCTS | {
 FIRST = {"grid_sample"}  # of which relevance reaches the first argument alone
 LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}  # which read but the shape of another
 KEPT = frozenset(_LINEAR.split())  # a factor is one still after these
+_GRID = "score the part that computes the grid separately, and detach the grid"
 ADVICE = {
     "log_softmax": "let the model return logits",
     "detach": "score the model without detaching activations",
-    "grid_sample": "score the part that computes the grid separately, and detach the grid",
-    "affine_grid": "score the part that computes the grid separately, and detach the grid",
+    "grid_sample": _GRID,
+    "affine_grid": _GRID,
     "exp": "let torch's softmax, sigmoid or softplus compute what it is part of",
     "log": "let the model return logits, or torch's softplus compute what it is part of",
     "lstm": "score the layers around the recurrence separately",

@@ -81,9 +81,8 @@ class Study(Results):
         folder = self._folder(case)
         folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
-        # Training alone uses all cores that this process may have: LOKY_MAX_CPU_COUNT says so
-        # where others run beside it, with whose threads its own would wait for each other.
-        torch.set_num_threads(max(threads, jobs.cpu_count()))
+        if self.kept_beside_tables:  # trained once, while tests train the quick profile's anew
+            torch.set_num_threads(max(threads, jobs.cpu_count()))
         try:
             return base(case.dataset, case.model, case.seed, folder, progress)
         finally:
