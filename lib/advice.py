@@ -5,11 +5,13 @@ import warnings
 from torch import Tensor, nn
 
 from .codec import Compressed, identity
+from .codes import Codes
 from .finetune import evaluate
 from .inputs import copied, tensors_of
 from .prune import Removed
 
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
+SMALLEST, LARGEST = 1e-5, 1e6  # of a layer's largest weight, in 16 to 127 steps of float16
 FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
 
 
@@ -38,6 +40,39 @@ def warn_of_unscored(removed: Removed, result: Compressed) -> None:
         warnings.warn(
             "weights that no rule scores are stored as they are, neither pruned nor quantized: "
             + ", ".join(parts),
+            stacklevel=3,
+        )
+
+
+def warn_of_sizes(removed: Removed) -> None:
+    """Name the layers whose weights are too small or too large for steps in float16."""
+    small, large = [], []
+    for name in removed.masks:
+        largest = float(removed.network.get_parameter(name).detach().abs().max())
+        small += [repr(name)] if 0 < largest < SMALLEST else []
+        large += [repr(name)] if largest > LARGEST else []
+    for names, how in ((small, f"smaller than {SMALLEST:g}"), (large, f"larger than {LARGEST:g}")):
+        if names:
+            warnings.warn(
+                f"weights of {', '.join(names)} are {how}, which steps in float16 cannot hold: "
+                "multiply them by a constant, and divide their layer's outputs by it",
+                stacklevel=3,
+            )
+
+
+def warn_of_emptied(removed: Removed, result: Compressed) -> None:
+    """Name the layers that lost every weight."""
+    emptied = []
+    for name in removed.masks:
+        before = removed.folded.network.get_parameter(name)
+        entry = result.get(name)
+        if isinstance(entry, Codes) and before.any() and not entry.decode().any():
+            emptied.append(repr(name))
+    if emptied:
+        warnings.warn(
+            f"no weight of {', '.join(emptied)} is left: little or no relevance reaches them. It "
+            "never does where a layer's outputs act only as a divisor or through a comparison or "
+            "an index; if these do, take a recipe without relevance (recipe='uniform')",
             stacklevel=3,
         )
 

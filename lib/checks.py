@@ -28,6 +28,8 @@ def check_model(model: Any) -> None:
             raise ValueError(f"{name!r} is on the meta device, without values: load them first")
         if value.layout != torch.strided:
             raise UnsupportedLayerError(f"{name!r} is sparse: give the layer its to_dense()")
+        if not value.numel() and isinstance(value, nn.Parameter):
+            raise UnsupportedLayerError(f"{name!r} has no elements: leave its layer out")
     _check_memory(model)
     for path, module in model.named_modules():
         name = f"module {path or '(the model itself)'!r} ({type(module).__name__})"

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from . import masks as masking
 from . import progress as reporting
 from . import repair
-from .advice import float_bytes, tensors_of, warn_if_ruined, warn_of_unscored
+from .advice import (
+    float_bytes,
+    tensors_of,
+    warn_if_ruined,
+    warn_of_emptied,
+    warn_of_sizes,
+    warn_of_unscored,
+)
 from .checks import check_logits, check_model, check_samples
 from .codec import Compressed
 from .codes import halved
@@ -186,9 +193,11 @@ def compress(
     labels = labels.long()
     check_logits(probed(copied(model).eval(), images[:2]), labels)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
+    warn_of_sizes(prepared.removed)
     with reporting.showing(progress):
         best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
     warn_of_unscored(prepared.removed, best)
+    warn_of_emptied(prepared.removed, best)
     warn_if_ruined(model, best, images, labels)
     return best
 

@@ -81,7 +81,8 @@ def input_moments(
     weak = [path for path in centred if borrowed(*energies(sums[path]), len(images))]
     if centered and (named := list(sums) if len(images) < FEW else weak):
         warn_of(named, len(images))
-    sums |= grams(weak, torch.float64) if weak else {}
+    rounded = [path for path in centred if path in weak or steady(sums[path]).any()]
+    sums |= grams(rounded, torch.float64) if rounded else {}
     moments: dict[str, list[Tensor]] = {}
     for path, layer in layers.items():
         if path in sums:
@@ -140,8 +141,19 @@ def borrowed(energy: float, means: float, images: int) -> float:
 
 def energies(gram: Tensor) -> tuple[float, float]:
     """Sum of squares of the inputs, and what their means make of it, from sums over patches."""
-    energy = gram[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum()
-    return float(energy), float((gram[:, :-1, -1].square() / gram[:, -1:, -1]).sum())
+    energy, means = _by_group(gram)
+    return float(energy.sum()), float(means.sum())
+
+
+def steady(gram: Tensor) -> Tensor:
+    """Groups, bool [groups], whose inputs hardly vary, so that of a difference little is left."""
+    energy, means = _by_group(gram)
+    return energy - means <= STEADY * energy
+
+
+def _by_group(gram: Tensor) -> tuple[Tensor, Tensor]:
+    energy = gram[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1)
+    return energy, (gram[:, :-1, -1].square() / gram[:, -1:, -1]).sum(1)
 
 
 def warn_of(names: list[str], images: int) -> None:

@@ -5,6 +5,7 @@ multiplies by them. What saves time is the integer file.
 """
 
 import contextlib
+import io
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from .onnx_int8 import quantize
 
 OPSET = 17  # the newest that torch's exporter writes without further packages
 TOLERANCE = 1e-4  # between float file and model, relative where outputs exceed one
+FAR = 0.25  # of the outputs' size; a change by 8 bits that deserves a warning
 
 
 def to_onnx(
@@ -66,6 +68,7 @@ def to_onnx(
     the layers before it. Before the float file is written, its outputs are compared with the
     decoded model's: they differ by less than 1e-4 (relative, where logits exceed one).
 
+    A UserWarning tells where the int8 file's outputs differ by a quarter of their size or more.
     The int8 file has QuantizeLinear/DequantizeLinear pairs around convolutions, linear layers,
     additions and pooling: uint8 activations with one scale and zero point a tensor, int8 weights
     with zero point 0, int32 biases. How weights get their integers depends on their Codes:
@@ -76,10 +79,11 @@ def to_onnx(
     - "tier", "codebook", wider symbols, and layers stored without Codes: the decoded weights are
       rounded to 255 levels with one scale for each output channel, max |w| / 127.
 
-    Transposed convolutions, normalisation that cannot be folded, softmax and products of two
-    activations stay float. x86 processors without VNNI add pairs of products in 16 bits, which
-    can overflow; :func:`run_onnx` asks onnxruntime for its slower, exact way there, by
-    ``session.x64quantprecision``, and so should programs of your own.
+    Transposed convolutions, normalisation that cannot be folded, products of two activations,
+    softmax and what is added to its input (a mask may be of any size) stay float. x86 processors
+    without VNNI add pairs of products in 16 bits, which can overflow; :func:`run_onnx` asks
+    onnxruntime for its slower, exact way there, by ``session.x64quantprecision``, and so should
+    programs of your own.
 
     References
     ----------
@@ -94,14 +98,16 @@ def to_onnx(
         raise ValueError(f"{path} is a folder; give the name of a file in it")
     if not images.ndim or not len(images) or not bool(images.isfinite().all()):
         raise ValueError(f"images must be [N, ...], N >= 1, and finite, not {list(images.shape)}")
-    decoded = fold_batchnorm(compressed.to_model(model)).cpu().float()
+    decoded = compressed.to_model(model).cpu().float().eval()
     images = images.detach().cpu()
     images = images.float() if images.is_floating_point() else images
-    data = _trace(decoded, images)
+    expected = _outputs(decoded, images)
+    folded = fold_batchnorm(decoded, images)
+    data = _trace(folded, images, expected)
     if int8:
         with _saying("the network cannot be written in 8 bits", "Write it in float32 (int8=False)"):
-            data = quantize(data, decoded, compressed, images)
-            _logits(_session(data), images[:2])
+            data = quantize(data, folded, compressed, images)
+            _warn_if_far(_logits(_session(data), _some(images, 5)), expected)
     write_bytes(path, data)
     return len(data)
 
@@ -147,26 +153,49 @@ def _packages() -> tuple[ModuleType, ModuleType]:
     return onnx, onnxruntime
 
 
-def _trace(model: nn.Module, images: Tensor) -> bytes:
-    """Bytes of the float file, checked against the model on another number of images."""
+def _some(images: Tensor, count: int) -> Tensor:
+    """So many images, over and over where there are fewer."""
+    return images[torch.arange(count) % len(images)]
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """What the file is to give for five images, [5, ...]."""
+    shape = list(images.shape)
+    unusable = _saying(f"the model cannot be run on images {shape}, give it images as in training")
+    with _composed_attention(), torch.no_grad(), unusable:
+        expected = model(_some(images, 5))
+    if not isinstance(expected, Tensor) or len(expected) != 5:
+        raise ValueError(
+            "only a network with one output, a tensor [N, ...], can be exported; wrap yours in a "
+            "module that returns one"
+        )
+    return expected
+
+
+def _warn_if_far(found: Tensor, expected: Tensor) -> None:
+    """Warn where eight bits change the outputs by much of their size."""
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference < FAR:
+        warnings.warn(
+            f"the 8 bit file's outputs differ by {difference:.0%} of their size from the "
+            "network's: some activation has too wide a range for 8 bits (a mask of large negative "
+            "numbers?); measure its accuracy with run_onnx, or write float32 (int8=False)",
+            stacklevel=3,
+        )
+
+
+def _trace(model: nn.Module, images: Tensor, expected: Tensor) -> bytes:
+    """Bytes of the float file, checked on another number of images than it was traced with."""
     onnx, _ = _packages()
-    few, more = (images[torch.arange(n) % len(images)] for n in (2, 5))
-    with _composed_attention(), torch.no_grad():
-        shape = list(images.shape)
-        with _saying(f"the model cannot be run on images {shape}, give it images as in training"):
-            expected = model(more)
-        if not isinstance(expected, Tensor) or expected.shape[:1] != more.shape[:1]:
-            raise ValueError(
-                "only a network with one output, a tensor [N, ...], can be exported; wrap yours "
-                "in a module that returns one"
-            )
-        with _saying(
-            "the network cannot be written as ONNX", "Replace that operation, or keep the "
-            "compressed file (Compressed.save) and run it with to_model",
-        ):  # fmt: skip
-            data = _export(model, few)
-            onnx.checker.check_model(data, full_check=True)
-            found = _logits(_session(data), more)
+    unwritable = _saying(
+        "the network cannot be written as ONNX",
+        "Replace that operation, or keep the compressed file (Compressed.save) and run it with "
+        "to_model",
+    )
+    with _composed_attention(), torch.no_grad(), unwritable:
+        data = _export(model, _some(images, 2))
+        onnx.checker.check_model(data, full_check=True)
+        found = _logits(_session(data), _some(images, 5))
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
     if not difference < TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(
@@ -180,7 +209,11 @@ def _trace(model: nn.Module, images: Tensor) -> bytes:
 def _export(model: nn.Module, images: Tensor) -> bytes:
     """Bytes of the traced graph."""
     free = {0: "batch"}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),  # it prints the whole graph where it fails
+    ):
         path = Path(folder) / "float.onnx"
         # The successor of this exporter needs a further package and gives the same graph.
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -16,6 +16,8 @@ DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INTEGER = ["Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "MaxPool", "AveragePool"]
 INTEGER += ["GlobalAveragePool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"]
 INTEGER += ["Slice", "Pad", "Concat", "Split"]  # all else stays float, such as normalisation
+PASSED = {"Add", "Sub", "Mul", "Div", "Where", "Clip", "Max", "Min", "Cast", "Expand", "Reshape"}
+PASSED |= {"Transpose", "Squeeze", "Unsqueeze", "Slice", "Concat", "Split", "Pad"}
 
 
 def quantize(data: bytes, model: nn.Module, compressed: Compressed, images: Tensor) -> bytes:
@@ -42,12 +44,14 @@ def quantize(data: bytes, model: nn.Module, compressed: Compressed, images: Tens
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(onnx.load_from_string(data), source, skip_symbolic_shape=True)
-        found = {tensor.name: list(tensor.dims) for tensor in onnx.load(source).graph.initializer}
+        graph = onnx.load(source).graph
+        found = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         quantize_static(
             source,
             target,
             Batches(),
             op_types_to_quantize=INTEGER,
+            nodes_to_exclude=_before_softmax(graph),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -62,6 +66,20 @@ def quantize(data: bytes, model: nn.Module, compressed: Compressed, images: Tens
         data = target.read_bytes()
     onnx.checker.check_model(data, full_check=True)
     return data
+
+
+def _before_softmax(graph: Any) -> list[str]:
+    """Names of the nodes between matrix products and a softmax, where a mask may be added."""
+    makers = {output: node for node in graph.node for output in node.output}
+    found: dict[str, None] = {}
+    reading = [node for node in graph.node if node.op_type == "Softmax"]
+    while reading:
+        for name in reading.pop().input:
+            node = makers.get(name)
+            if node is not None and node.op_type in PASSED and node.name not in found:
+                found[node.name] = None
+                reading.append(node)
+    return list(found)
 
 
 def _overrides(

@@ -77,6 +77,12 @@ def test_relevance_is_bounded_where_the_gate_is_at_rest():
     assert (scores["gate.weight"] <= bound * (1 + 1e-9)).all()
 
 
+def _written(gate):
+    new = torch.ones_like(gate)
+    new[:, 1:] = gate[:, 1:] / 2
+    return new
+
+
 SHAPES = {
     "view": lambda g: g.view(-1, 2, 2).flatten(1),
     "unsqueeze": lambda g: g[:, :, None].expand(-1, -1, 2)[..., 0],
@@ -99,6 +105,9 @@ SHAPES = {
     "times itself": lambda g: g * g,
     "root": lambda g: (g + 0.1).sqrt(),
     "a sigmoid of it": lambda g: torch.sigmoid(3 * g),
+    "running sum": lambda g: g[..., None].cumsum(2)[..., 0],
+    "left as it is": lambda g: F.dropout(g, 0.5, training=False),
+    "written into": lambda g: _written(g),
     "matrix": lambda g: g @ torch.diag(torch.arange(1.0, 5.0)).double(),
 }
 
@@ -224,6 +233,31 @@ def test_what_does_not_rest_at_zero_is_bounded_in_products(name):
     torch.testing.assert_close(scores["gate.weight"], wanted, rtol=1e-6, atol=1e-7)
     model.gate.weight.data.mul_(1e-9)
     assert 0 < weight_relevance(model, x, y)["gate.weight"].abs().sum() < 1e-6
+
+
+SPELT = {
+    "relu6": (F.hardsigmoid, lambda x: F.relu6(x + 3) / 6),
+    "added in place": (F.hardsigmoid, lambda x: F.relu6(3 + x.clone().add_(0)) * (1 / 6)),
+    "hardtanh": (F.hardsigmoid, lambda x: F.hardtanh(x / 6 + 0.5, 0, 1)),
+    "clamp": (F.hardsigmoid, lambda x: (x / 6 + 0.5).clamp(0, 1)),
+    "clip": (F.hardsigmoid, lambda x: torch.clip(x / 6 + 0.5, min=0.0, max=1.0)),
+    "expit": (torch.sigmoid, torch.special.expit),
+    "copied": (torch.sigmoid, lambda x: torch.empty_like(x).copy_(x.sigmoid())),
+    "softsign": (lambda x: 0.5 + F.softsign(x) / 2, lambda x: (1 + F.softsign(x)) / 2),
+}
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_a_gate_spelt_otherwise_is_the_same(name):
+    kind, other = SPELT[name]
+    model, x, y = _case(Gated(kind=kind))
+    spelt = Gated(kind=other).double()
+    spelt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(weight_relevance(spelt, x, y), weight_relevance(model, x, y))
+    given = input_relevance(spelt, x, y).sum(1)
+    torch.testing.assert_close(given, model(x).gather(1, y[:, None])[:, 0].detach())
+    spelt.gate.weight.data.mul_(1e-9)
+    assert 0 < weight_relevance(spelt, x, y)["gate.weight"].abs().sum() < 1e-6
 
 
 class Unit(nn.Module):

@@ -215,3 +215,71 @@ def test_attention_and_odd_layers(tmp_path):
     for int8, tolerance in ((False, 1e-5), (True, 0.1)):
         to_onnx(compressed, model, images, tmp_path / "a.onnx", int8=int8)
         assert (run_onnx(tmp_path / "a.onnx", images) - expected).abs().max() < tolerance
+
+
+class ReadTwice(nn.Module):
+    """What a BatchNorm reads is read by another one as well; torch.fx cannot follow it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x):
+        assert x.shape[1] == 1
+        h = self.body[0](x)
+        return self.last(torch.cat([h, self.body[2](self.body[1](h))], 1).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+def test_batchnorm_is_folded_only_where_the_outputs_stay(tmp_path):
+    torch.manual_seed(0)
+    model = ReadTwice().eval()
+    nn.init.uniform_(model.body[1].running_var, 0.3, 2)
+    nn.init.normal_(model.body[1].running_mean)
+    images = torch.randn(20, 1, 8, 8)
+    small = Compressed(model.state_dict())
+    to_onnx(small, model, images, tmp_path / "twice.onnx")
+    torch.testing.assert_close(run_onnx(tmp_path / "twice.onnx", images), model(images).detach())
+
+
+class Masked(nn.Module):
+    """Attention in which a mask is added to the scores."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.read, self.last = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.full((5, 5), value).triu(1))
+
+    def forward(self, x):
+        q, k, v = self.read(x).chunk(3, -1)
+        scores = 3 * q @ k.transpose(1, 2) + self.mask
+        return self.last((scores.softmax(-1) @ v)[:, 2])
+
+
+@pytest.mark.parametrize("value", [-1e4, torch.finfo(torch.float32).min])
+def test_a_mask_of_any_size_leaves_attention_in_eight_bits_as_it_was(value, tmp_path):
+    torch.manual_seed(0)
+    model, images = Masked(value).eval(), torch.randn(100, 5, 8)
+    codes = {f"{n}.weight": uniform(getattr(model, n).weight.detach(), 8) for n in ("read", "last")}
+    small = Compressed(model.state_dict() | codes)
+    to_onnx(small, model, images, tmp_path / "masked.onnx", int8=True)
+    found, wanted = run_onnx(tmp_path / "masked.onnx", images), model(images).detach()
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_eight_bits_that_change_the_outputs_much_are_told(tmp_path):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.first(x).relu()
+            far = torch.nn.functional.pad(h[:, :1] * 0 + 1e6, (0, 8))  # one range for all
+            return self.last((torch.nn.functional.pad(h, (1, 0)) + far)[:, 1:])
+
+    torch.manual_seed(0)
+    model, images = Wide().eval(), torch.randn(20, 8)
+    with pytest.warns(UserWarning, match="8 bit file's outputs differ by .*run_onnx"):
+        to_onnx(Compressed(model.state_dict()), model, images, tmp_path / "wide.onnx", int8=True)

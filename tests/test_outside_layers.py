@@ -312,6 +312,33 @@ def test_a_product_with_a_weight_is_linear_in_the_activation(how, aggregate):
             torch.testing.assert_close(scores[name], wanted)
 
 
+SUMS = {
+    "low rank": lambda m, x: F.linear(F.relu(m.a(x)), m.c.weight + m.up @ m.down),
+    "table": lambda m, x: m.c((F.relu(m.a(x))[:, None] + (m.d.weight + m.shift)).relu().mean(1)),
+}
+
+
+@pytest.mark.parametrize("how", SUMS)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_a_weight_added_to_another_is_no_samples_own(how, aggregate):
+    model, (x, y) = Net(SUMS[how]), _data()
+    model.d = nn.Linear(6, 6).double()
+    model.up, model.down = (nn.Parameter(torch.randn(s).double()) for s in ((3, 2), (2, 6)))
+    model.shift = nn.Parameter(torch.randn(6).double())
+    if aggregate == "sum":
+        every = weight_relevance(model, x, y, batch_size=3)
+        torch.testing.assert_close(every, weight_relevance(model, x, y, batch_size=1))
+        return
+    with pytest.raises(UnsupportedLayerError, match="told apart by sample"):
+        weight_relevance(model, x, y, aggregate=aggregate, batch_size=3)
+    scores = weight_relevance(model, x, y, aggregate=aggregate, batch_size=1)
+    single = [weight_relevance(model, *one) for one in zip(x.split(1), y.split(1), strict=True)]
+    for name, score in scores.items():
+        every = torch.stack([one[name] for one in single])
+        wanted = every.abs().sum(0) if aggregate == "abs" else every.square().mean(0).sqrt()
+        torch.testing.assert_close(score, wanted)
+
+
 class Own(torch.autograd.Function):
     """A linear layer that torch's functions do not show."""
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from lib import RECIPES, Recipe, Sequential, Uniform, compress
 from lib.fold import fold_batchnorm
+from lib.quantize import LayerWidths
 from lib.relevance import (
     AGGREGATES,
     UnsupportedLayerError,
@@ -395,3 +396,125 @@ def test_cosine_similarity_is_a_product_of_two_that_are_normalised():
         lambda n, x: (F.normalize(n(x))[:, None] * F.normalize(_wide(n(-x)), dim=-1)).sum(-1)
     )
     torch.testing.assert_close(weight_relevance(both, *_data()), weight_relevance(apart, *_data()))
+
+
+class Behind(nn.Module):
+    """One layer acts only as a divisor, or decides which other one is used."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.d, self.g, self.f = nn.Linear(20, 16), nn.Linear(20, 16), nn.Linear(16, 4)
+        self.how = how
+
+    def forward(self, x):
+        return self.f(self.how(self.d(x).relu(), self.g(x)))
+
+
+BEHIND = {
+    "divisor": lambda d, g: d / (0.1 + g.sigmoid()),
+    "index": lambda d, g: d * F.one_hot(g.argmax(1), 16),
+    "comparison": lambda d, g: d * (g > 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:compression took the accuracy")
+@pytest.mark.parametrize("how", BEHIND)
+def test_a_layer_that_relevance_never_reaches_is_named_if_it_goes(how):
+    model, images = Behind(BEHIND[how]), _data()[0]
+    labels = model(images).argmax(1)
+    with pytest.warns(UserWarning, match="no weight of 'g.weight' is left.*recipe='uniform'"):
+        compress(model, images, labels, "lrp-rd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = compress(model, images, labels, EIGHT)
+    assert small["g.weight"].decode().any()
+
+
+@pytest.mark.parametrize("recipe", ["lrp-rd", "lrp-sequential"])
+@pytest.mark.parametrize("value", [0.1, 30.1, 70.1])
+def test_a_channel_that_never_varies_before_a_depthwise_layer(value, recipe):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+    model[0].weight.data[4], model[0].bias.data[4] = 0, value
+    images, labels = torch.randn(60, 3, 8, 8), torch.arange(60) % 4
+    small = compress(model, images, labels, RECIPES[recipe].at(1e-5))
+    assert _error(model, small.to_model(model), images) < 0.05
+
+
+def test_weights_out_of_reach_of_float16_are_named():
+    model = _net()
+    model[0].weight.data *= 1e-7
+    with pytest.warns(UserWarning) as told:
+        compress(model, *_data(), EIGHT)
+    assert "weights of '0.weight' are smaller than 1e-05" in str(told[0].message)
+
+
+def test_a_layer_that_nothing_uses_gets_a_width_as_well():
+    model = Around(lambda n, x: n(x))
+    model.unused = nn.Linear(3, 3)
+    small = compress(model, *_data(), Recipe(store=LayerWidths(bits=4)))
+    assert "unused.weight" in small
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_channels_last_weights_have_the_same_relevance(aggregate):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8) % 4
+    wanted = weight_relevance(model, images, labels, aggregate=aggregate)
+    last = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight_relevance(last, images, labels, aggregate=aggregate), wanted)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_positions_in_the_first_axis_belong_to_their_image(aggregate):
+    class Positions(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.n, self.flat = _net(5).double(), flat
+
+        def forward(self, x):
+            x = x.view(-1, 4, 5)
+            h = self.n(x.flatten(0, 1)).view(-1, 4, 4) if self.flat else self.n(x)
+            return h.sum(1)
+
+    images, labels = _data()
+    flat, wanted = (
+        weight_relevance(Positions(flat), images.double(), labels, aggregate=aggregate)
+        for flat in (True, False)
+    )
+    torch.testing.assert_close(flat, wanted)
+
+
+def test_the_absolute_value_of_a_spectrum_passes_relevance_by_its_gradient():
+    model = nn.Sequential(nn.Linear(20, 16, bias=False), Absolute(), nn.Linear(16, 4, bias=False))
+    images, labels = _data()
+    model, images = model.double(), images.double()
+    given = input_relevance(model, images, labels).sum(1)
+    torch.testing.assert_close(given, model(images).gather(1, labels[:, None])[:, 0].detach())
+
+
+class Absolute(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).abs()
+
+
+def test_a_query_that_may_read_nothing_reads_zeros():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.o = nn.Linear(5, 5), nn.Linear(5, 4)
+            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(-1))
+
+        def forward(self, x):
+            x = x.view(-1, 1, 4, 5)
+            read = F.scaled_dot_product_attention(self.q(x), x, x, attn_mask=self.mask)
+            return self.o(read.mean((1, 2)))
+
+    images, labels = _data()
+    assert weight_relevance(Masked(), images, labels)["q.weight"].any()

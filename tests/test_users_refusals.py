@@ -115,6 +115,11 @@ MODELS = {
     "orthogonal": (_orthogonal, r"remove_parametrizations\(model.0, 'weight'\) first"),
     "exponential": (lambda: Around(lambda n, x: n(x).exp()), "'exp'.*softmax"),
     "spatial transformer": (lambda: Around(_warped), "'affine_grid'.*computes the grid separately"),
+    "empty layer": (lambda: nn.Sequential(*_net(), nn.Linear(4, 0)), "'3.weight' has no elements"),
+    "shape in place": (
+        lambda: Around(lambda n, x: n(x * 1).unsqueeze_(0)[0]),
+        r"a change of shape in place.*write x = x.unsqueeze\(0\)",
+    ),
     "no network": (lambda: None, "must be a torch.nn.Module, not a NoneType"),
 }
 

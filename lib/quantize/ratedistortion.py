@@ -24,6 +24,7 @@ from .uniform import uniform
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
 TRIES = 3  # dampings tried, each four times the one before
+NOISE = 0.01  # largest eigenvalue below zero for rounding, relative to the largest diagonal entry
 
 
 @dataclass(frozen=True)
@@ -265,13 +266,18 @@ def _problem(
 def _triangular(moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Upper triangular M with M Mᵀ = H, the damped H, both [groups, d, d], and the damping."""
     mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
-    damping = (DAMPING * mean).clamp(min=1e-30)
-    for _ in range(TRIES):
+    damping = (DAMPING * mean).clamp(min=1e-30)  # [groups, 1]
+    for turn in range(TRIES + 1):
         damped = moment + torch.diag_embed(damping.expand(moment.shape[:2]))
         factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             break
-        # Of few images, rounding may leave a moment with directions below zero.
-        damping = torch.where(failed[:, None] > 0, 4 * damping, damping)
+        # Of few images, rounding may leave a moment with directions below zero ...
+        more = 4 * damping
+        if turn == TRIES - 1:  # ... and of the inputs of a group that never vary nothing else
+            lowest = torch.linalg.eigvalsh(moment)[:, :1]
+            most = NOISE * moment.diagonal(dim1=1, dim2=2).max()
+            more = torch.maximum(more, -2 * lowest.clamp(min=-most))
+        damping = torch.where(failed[:, None] > 0, more, damping)
     check(not failed.any(), "second_moment is not positive semidefinite")
     return factor.flip(1, 2), damped, damping

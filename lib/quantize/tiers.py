@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # of whose parts that of use is imported only where it is used
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from ..codes import Codes, check, kept_weight, mask_like
@@ -78,7 +78,7 @@ def tier_shares(
         return weights / weights.sum()
 
     mean_bits = float(np.clip(mean_bits, usable[0] + 1e-3, usable[-1] - 1e-3))
-    parts = shares(brentq(lambda theta: shares(theta) @ usable - mean_bits, -20, 20))
+    parts = shares(scipy.optimize.brentq(lambda theta: shares(theta) @ usable - mean_bits, -20, 20))
     pooled = torch.cat([scores[name][mask] for name, mask in masks.items()]).sort().values
     ends = [round(len(pooled) * end) for end in np.cumsum(parts)[:-1]]
     limits = pooled[[min(end, len(pooled) - 1) for end in ends]] if len(pooled) else pooled

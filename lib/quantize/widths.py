@@ -44,9 +44,10 @@ class LayerWidths(Quantizer):
         check(1 <= self.bits <= 8, f"bits must lie in [1, 8], not {self.bits}")
 
     def prepare(self, removed: Removed, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Importance of each layer."""
+        """Importance of each layer; zero for those without a score, which nothing uses."""
         scores = removed.scores(self.by, images, labels)
-        return {name: float(score.abs().mean()) for name, score in scores.items()}
+        found = {name: float(score.abs().mean()) for name, score in scores.items()}
+        return dict.fromkeys(removed.masks, 0.0) | found
 
     def codes(
         self, weights: dict[str, Tensor], masks: dict[str, Tensor], prepared: dict[str, float]

@@ -59,16 +59,25 @@ class Changes:
     ----------
     made : callable
         Told each tensor that is made here.
+    refuse : callable
+        ``(what, advice) -> the error`` for what cannot be followed.
     """
 
-    def __init__(self, made: Callable[[Tensor], Any]) -> None:
-        self.made = made
+    def __init__(
+        self, made: Callable[[Tensor], Any], refuse: Callable[[str, str], Exception]
+    ) -> None:
+        self.made, self.refuse = made, refuse
         self.written: dict[int, Written] = {}
 
     def note(self, target: Tensor, result: Tensor) -> None:
         """A function changes ``target`` in place; what it holds now is ``result``."""
-        if _identity(result) == _identity(target):  # another shape of the same, or nothing changed
-            return
+        if _identity(result) == _identity(target):
+            if _geometry(result) != _geometry(target):
+                raise self.refuse(
+                    "a change of shape in place",
+                    "write x = x.unsqueeze(0), x.transpose(0, 1), ... for x.unsqueeze_(0), ...",
+                )
+            return  # nothing changed
         for key, old in list(self.written.items()):
             if old.storage.expired():  # nobody can read it any more
                 del self.written[key]

@@ -24,11 +24,14 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 # What a gate is for an input of zero, and what moves it from there, without the rounding of a
-# difference. One that rests at zero (tanh) is a signal until a shift is added to it.
+# difference. What rests at zero (tanh) is a signal until a shift is added to it.
 RESTING: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "sigmoid": (0.5, lambda x: (x / 2).tanh() / 2),
     "hardsigmoid": (0.5, lambda x: F.hardtanh(x / 6, -0.5, 0.5)),
+    "special_expit": (0.5, lambda x: (x / 2).tanh() / 2),
     "tanh": (0.0, torch.tanh),
+    "softsign": (0.0, F.softsign),
+    "atan": (0.0, torch.atan),
     "erf": (0.0, torch.erf),
     "softplus": (math.log(2), _softplus),
     "log_sigmoid": (-math.log(2), lambda x: -_softplus(-x)),
@@ -70,6 +73,37 @@ class Gate:
         if isinstance(factor, Gate):
             return factor
         return cls(activation, activation, torch.zeros_like(activation))
+
+
+def shifted(total: Tensor, summands: Sequence[Any], kwargs: dict) -> Tensor:
+    """A sum; where it is that of an activation and a number, it remembers both."""
+    numbers = [t for t in summands if isinstance(t, (int, float))]
+    if len(numbers) == 1 and len(summands) == 2 and not kwargs:
+        (activation,) = tensors(summands)
+        total.shift = (activation, numbers[0])  # type: ignore[attr-defined]
+    return total
+
+
+def activated(out: Tensor, name: str, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """The output of an elementwise function, as propagated; marked where it is a gate.
+
+    A number added and cut off on both sides, ``relu6(x + 3)``, is a hard sigmoid.
+    """
+    x = args[0] if args else kwargs["input"]
+    if x.is_complex() and not out.is_complex():
+        return func(*args, **kwargs)  # of degree one, so that its gradient conserves relevance
+    result = Activate.apply(x, out)
+    bounds = [t for t in (*args[1:], *kwargs.values()) if t is not None and t is not x]
+    cut = name in kinds.CUT or (name in kinds.BOUNDS and len(bounds) == 2)
+    if name in RESTING:
+        result.factor = Gate.of(x, result, name)
+    elif cut and hasattr(x, "shift"):
+        activation, number = x.shift
+        with torch.no_grad():
+            still = func(torch.full_like(x, number), *args[1:], **kwargs)
+        moved = Activate.apply(activation, out - still) + still
+        result.factor = Gate(result, moved, still)
+    return result
 
 
 class Normaliser:

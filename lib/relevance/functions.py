@@ -115,9 +115,12 @@ def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     shared = [i for i, t in enumerate(summands) if hasattr(t, "lookup")]
     if not mode.collector.samplewise or len(shared) != 1 or len(summands) != 2:
         return summands
+    other = summands[1 - shared[0]]
+    if not getattr(other, "requires_grad", False) or hasattr(other, "computed"):
+        return summands  # no sample's own
     indices, anchor, weight, layer = summands[shared[0]].lookup
     layer = replace(layer, layout=(0, False))
-    shape = torch.broadcast_shapes(summands[0].shape, summands[1].shape)
+    shape = torch.broadcast_shapes(*(t.shape for t in summands))
     every = indices.expand(shape[:-1])  # [samples, positions]
     rows = Embed.apply(every, anchor, weight, layer)  # [samples, positions, width]
     mode.made[rows.grad_fn] = layer.place[0]
@@ -132,10 +135,13 @@ def _attend(
     q [samples, heads, queries, d], k and v [samples, heads, keys, d].
     """
     scores = mode.half(q @ k.mT) * scale  # [samples, heads, queries, keys]
-    if mask is not None:
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
         allowed = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -torch.inf) if allowed else scores + mask
-    weights = scores.softmax(-1)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)  # as torch has it, these read nothing
+        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     return mode.half(weights @ v), weights  # [samples, heads, queries, d]
 
 

@@ -21,11 +21,11 @@ _GRADIENT = """add radd sub rsub subtract neg negative sum mean cat concat conca
     median nanmedian kthvalue max_unpool1d max_unpool2d max_unpool3d max_pool1d_with_indices
     max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices grid_sample index_add
-    index_copy index_put scatter scatter_add masked_scatter real imag view_as_real
+    index_fill index_copy index_put scatter scatter_add masked_scatter real imag view_as_real
     view_as_complex fft_fft fft_fft2 fft_fftn fft_ifft2 fft_rfft fft_rfft2 fft_irfft fft_irfft2
     fft_fftshift norm linalg_norm linalg_vector_norm std"""
-_ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid hardswish hardsigmoid hardtanh relu6
-    softplus log_sigmoid softsign clamp clamp_min clamp_max clip hardshrink
+_ELEMENTWISE = """gelu silu mish elu selu celu tanh sigmoid special_expit hardswish hardsigmoid
+    hardtanh relu6 softplus log_sigmoid softsign clamp clamp_min clamp_max clip hardshrink
     softshrink tanhshrink rrelu erf abs absolute sqrt square log1p expm1 atan sin sinh asinh tan
     local_response_norm"""
 GRADIENT, ELEMENTWISE = frozenset(_GRADIENT.split()), frozenset(_ELEMENTWISE.split())
@@ -45,9 +45,11 @@ OPERANDS = (
 )  # fmt: skip
 CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
+    "empty_like",
 }  # fmt: skip
 UNSEEN = {"grad_fn", "requires_grad", "register_hook"}
 NUMBERS = {"__float__", "__int__", "__complex__"}  # of one activation, that relevance cannot reach
+CUT = {"relu6", "hardtanh"}  # on both sides
 BOUNDS = {"clamp", "clamp_min", "clamp_max", "clip"}  # where these are activations: as in minimum
 _LINEAR = """add radd sub rsub mul rmul div truediv multiply divide flatten unflatten reshape
     view view_as reshape_as permute transpose t T mT squeeze unsqueeze expand expand_as
@@ -56,11 +58,13 @@ _LINEAR = """add radd sub rsub mul rmul div truediv multiply divide flatten unfl
     tensor_split unbind index_select gather movedim moveaxis swapaxes swapdims take_along_dim
     flip roll pad masked_fill where mean sum avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d tril triu diagonal unfold fold
-    pixel_shuffle pixel_unshuffle channel_shuffle"""
+    pixel_shuffle pixel_unshuffle channel_shuffle cumsum dropout dropout1d dropout2d dropout3d
+    alpha_dropout feature_alpha_dropout"""
 # What makes a gate of gates: functions linear in all that they read, elementwise functions of one
 JOINS = {
     "add", "radd", "sub", "rsub", "subtract", "cat", "concat", "concatenate", "stack", "hstack",
-    "vstack", "dstack", "where",
+    "vstack", "dstack", "where", "setitem", "copy", "index_fill", "index_copy", "index_put",
+    "index_add", "scatter", "scatter_add", "masked_scatter",
 }  # fmt: skip
 BENT = ELEMENTWISE | ELEMENTWISE_PRODUCTS | {
     "pow", "relu", "leaky_relu", "threshold", "prelu", "maximum", "minimum",

@@ -110,11 +110,11 @@ def per_sample(pieces: list[Piece], samples: int, power: int, total: Tensor) -> 
     weigh = torch.abs if power == 1 else torch.square
     operation, s, a, w = pieces[0]
     single = len(pieces) == 1
-    if single and s.dim() == 2:
+    if single and s.dim() == 2 and len(s) == samples:
         # |s_nk a_nj w_kj| is a product of three, so one matrix product sums it over samples
         total.addcmul_(weigh(s).mT @ weigh(a), weigh(w))  # [outputs, inputs]
         return
-    summed = torch.zeros_like(total)
+    summed = torch.zeros_like(total, memory_format=torch.contiguous_format)
     for first in range(0, samples, DEPTH):
         last = min(first + DEPTH, samples)
         matrices = [_matrices(*piece, samples, first, last) for piece in pieces]

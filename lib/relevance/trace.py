@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
 from .changes import Changes, out_of_place
-from .factors import RESTING, Gate, Held, Multiply, Normaliser, hand_on, shared, swap
+from .factors import Held, Multiply, Normaliser, activated, hand_on, shared, shifted, swap
 from .functions import LAYERS, spread
-from .layers import Activate, Collector, Key, Layer, Propagate
+from .layers import Collector, Key, Layer, Propagate
 from .norms import NORMALISATIONS
 from .operations import Operation
 from .rules import DIRECT, Chooser, Rule
@@ -76,7 +76,7 @@ class Propagation(TorchFunctionMode):
         self.leaves: dict[Key, Tensor] = {}
         self.made: dict[Any, str] = {}
         self.held: list[Tensor] = []
-        self.changes = Changes(self.vouch)
+        self.changes = Changes(self.vouch, self.refuse)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, connected to the images and to the collector."""
@@ -198,13 +198,10 @@ class Propagation(TorchFunctionMode):
         if power or (name in kinds.ELEMENTWISE and not bound):
             with torch.no_grad():
                 out = func(*args, **kwargs)
-            x = args[0] if args else kwargs["input"]
-            result = Activate.apply(x, out)
-            if name in RESTING:
-                result.factor = Gate.of(x, result, name)
-            return result
+            return activated(out, name, func, args, kwargs)
         if name in ("add", "radd"):
             args = spread(self, args)
+            return shifted(func(*args, **kwargs), args, kwargs)
         if name in kinds.GRADIENT or bound:
             return func(*args, **kwargs)
         if name == "var":  # of degree two: its gradient would bring twice its relevance

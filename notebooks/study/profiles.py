@@ -51,7 +51,7 @@ PROFILES = {
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
-            "layers": (1.5, 2, 3, 4, 5),
+            "layers": (1.5, 2, 3, 5),
             "rate-distortion": (0.003, 0.01, 0.03),
             "Sequential": (0.01, 0.03),
             "more images": (0.03, 0.1),
@@ -90,6 +90,8 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(6, 14), 8),
+                "Trained": _prices((4, 6)),
+                "ECQx": _prices(range(5, 8), 2),
             },
             "vgg16": {
                 "tiers": (2.2, 3),
@@ -102,7 +104,10 @@ PROFILES = {
         kept={"": (0.1, 0.03), "resnet20": (0.4, 0.2), "vgg16": (0.2,)},
         optimisers={"vgg16": "adam-slow"},
         slow=("vgg16",),
-        left_out={"training": ("cifar10*",), "more images": ("cifar10*",)},
+        left_out={
+            "training": ("cifar10*resnet20-s[!0]", "cifar10*vgg16*"),
+            "more images": ("cifar10*",),
+        },
     ),
 }
 

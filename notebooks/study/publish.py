@@ -140,11 +140,21 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
     slow = [network(d, m) for d, m in sorted(ran) if m in study.profile.slow]
     left += [f"{name} in ablations (hours)" for name in slow]
     for part, said in {"training": "in training", "more images": "from more images"}.items():
-        idle = [case for case in study.cases if not study.profile.takes(part, case)]
-        if names := dict.fromkeys(network(case.dataset, case.model) for case in idle):
+        if names := _idle(study, part):
             left.append(f"{', '.join(names)} {said} (hours without a GPU)")
     left += [f"{i}: {TITLES[i]}" for i in TITLES if i not in asked]
     return left or ["nothing"]
+
+
+def _idle(study, part: str) -> list[str]:
+    """Networks that go without a part of the study; their seeds, where others do not."""
+    names = []
+    for pair in dict.fromkeys((case.dataset, case.model) for case in study.cases):
+        cases = [case for case in study.cases if (case.dataset, case.model) == pair]
+        seeds = [str(case.seed) for case in cases if not study.profile.takes(part, case)]
+        some = f" (seeds {', '.join(seeds)})" if len(seeds) < len(cases) else ""
+        names += [network(*pair) + some] if seeds else []
+    return names
 
 
 def verdicts_table(results: Path) -> str:

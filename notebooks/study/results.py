@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +13,15 @@ from .paths import LEDGER
 from .records import read_claims, write
 from .tables import Table
 from .verdicts import Claim
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, float_format="%.6g")
+
+
+def published(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as it is read back from its file, so that what follows from either is the same."""
+    return pd.read_csv(StringIO(_csv(table)))
 
 
 class Results:
@@ -28,7 +37,7 @@ class Results:
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write ``results/<profile>/<name>.csv``."""
-        self._write(self.results / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+        self._write(self.results / f"{name}.csv", _csv(table))
 
     def save_claims(self, notebook: str, claims: list[Claim]) -> Table:
         """Write a notebook's claims to ``results/<profile>/claims-<notebook>.json``, and print."""

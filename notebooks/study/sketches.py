@@ -3,11 +3,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from scipy import stats
 from torch import Tensor, nn
 
 from .figures import curves
@@ -71,7 +71,7 @@ def agreement(known: Tensor, scores: dict[str, Tensor], xlabel: str) -> Figure:
     chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:1500]]
 
     def ranks(values: Tensor) -> np.ndarray:  # equal scores share a rank
-        return 100 * stats.rankdata(values[live]) / len(live)
+        return 100 * scipy.stats.rankdata(values[live]) / len(live)
 
     shown = torch.searchsorted(live, chosen)
     figure, axes = panels(len(scores), height=3.1, width=2.9)

@@ -22,7 +22,7 @@ from .jobs import Job
 from .profiles import PROFILES, Case, cases, folder_name
 from .progress import bar
 from .records import address, base_address, kind, provenance, read_json, write, write_json
-from .results import Results
+from .results import Results, published
 
 LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
 
@@ -160,7 +160,7 @@ class Study(Results):
         records = [{"recipe": name} | read_json(path) for name, *_, path in rows]
         columns = ["dataset", "model", "seed", "recipe"]
         table = pd.DataFrame(records).drop(columns="provenance")
-        return table[columns + [name for name in table if name not in columns]]
+        return published(table[columns + [name for name in table if name not in columns]])
 
     def _run(self, missing: dict[Path, tuple[Case, Recipe]], per_class: int) -> None:
         """Do runs, by the paths of their records; here alone results are written."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 NETWORK = ["dataset", "model"]
 
@@ -15,7 +15,8 @@ def interval(values: Iterable[float]) -> float:
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def text(values: Iterable[float], digits: int = 1, unit: str = "") -> str:

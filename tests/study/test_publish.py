@@ -1,11 +1,12 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from lib import RECIPES
-from study import Study, __main__, publish
+from study import Case, Study, __main__, publish
 from study.names import readable
 from study.paths import ROOT
 from study.records import read_claims, write_json
@@ -149,3 +150,13 @@ def test_after_a_run_all_verdicts_that_changed_are_listed(tmp_path, monkeypatch,
     assert counted == (
         "8 verdicts differ from the committed ones (git HEAD), listed above; 1 claims are new"
     )
+
+
+def test_networks_left_out_for_some_seeds_only_are_named_with_these():
+    def takes(part, case):
+        return case.model == "y" and case.seed == 1
+
+    cases = [Case("digits", model, seed) for model in ("x", "y") for seed in (0, 1, 2)]
+    study = SimpleNamespace(cases=cases, profile=SimpleNamespace(takes=takes))
+    one, other = publish._idle(study, "training")
+    assert "seeds" not in one and other.endswith(" (seeds 0, 2)")
