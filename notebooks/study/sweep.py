@@ -160,7 +160,8 @@ class Study(Results):
         records = [{"recipe": name} | read_json(path) for name, *_, path in rows]
         columns = ["dataset", "model", "seed", "recipe"]
         table = pd.DataFrame(records).drop(columns="provenance")
-        return published(table[columns + [name for name in table if name not in columns]])
+        table = table[columns + [name for name in table if name not in columns]]
+        return published(table).assign(knob=table["knob"])  # exact, by which runs are found again
 
     def _run(self, missing: dict[Path, tuple[Case, Recipe]], per_class: int) -> None:
         """Do runs, by the paths of their records; here alone results are written."""
