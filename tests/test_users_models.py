@@ -518,3 +518,21 @@ def test_a_query_that_may_read_nothing_reads_zeros():
 
     images, labels = _data()
     assert weight_relevance(Masked(), images, labels)["q.weight"].any()
+
+
+def test_a_model_may_keep_what_it_makes_of_its_biases():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.bias, self.kept = _net(), nn.Parameter(torch.randn(2)), None
+            self.register_buffer("index", torch.tensor([0, 1, 1, 0]))
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = self.bias[self.index]
+            return self.n(x) + self.kept
+
+    model, (images, labels) = Keeping(), _data()
+    scores = weight_relevance(model, images, labels)
+    assert model.kept is None and set(scores) == {"n.0.weight", "n.2.weight"}
+    copy.deepcopy(model)

@@ -153,10 +153,11 @@ def _moving(network: nn.Module, scored: Mapping[str, Tensor], images: Tensor) ->
     """
     names = {id(weight): name for name, weight in scored.items()}
     found: set[str] = set()
-    wanted = {name: weight.requires_grad for name, weight in scored.items()}
+    every = list(network.parameters())
+    wanted = [p.requires_grad for p in every]
     try:
-        for weight in scored.values():
-            weight.requires_grad_(True)
+        for p in every:  # a model may keep what it makes of others, which must not bring gradients
+            p.requires_grad_(id(p) in names)
         images = own(images, network)
         if images.is_floating_point():  # a reentrant checkpoint asks for it
             images = 1 * images.requires_grad_(True)
@@ -169,9 +170,9 @@ def _moving(network: nn.Module, scored: Mapping[str, Tensor], images: Tensor) ->
     except Exception:
         return found
     finally:
-        for name, weight in scored.items():
-            weight.grad = None
-            weight.requires_grad_(wanted[name])
+        for p, before in zip(every, wanted, strict=True):
+            p.grad = None
+            p.requires_grad_(before)
     return found
 
 
