@@ -107,7 +107,7 @@ SHAPES = {
     "a sigmoid of it": lambda g: torch.sigmoid(3 * g),
     "running sum": lambda g: g[..., None].cumsum(2)[..., 0],
     "left as it is": lambda g: F.dropout(g, 0.5, training=False),
-    "written into": lambda g: _written(g),
+    "written into": _written,
     "matrix": lambda g: g @ torch.diag(torch.arange(1.0, 5.0)).double(),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from oracles import aggregated
 from torch import nn
 
 from lib import compress
@@ -52,10 +53,7 @@ def _expected(model, x, y, aggregate):
         })  # fmt: skip
     total = {}
     for name in samples[0]:
-        every = torch.stack([sample[name] for sample in samples])
-        total[name] = {
-            "sum": every.sum(0), "abs": every.abs().sum(0), "rms": every.square().mean(0).sqrt(),
-        }[aggregate]  # fmt: skip
+        total[name] = aggregated(torch.stack([sample[name] for sample in samples]), aggregate)
     return total
 
 
@@ -334,8 +332,7 @@ def test_a_weight_added_to_another_is_no_samples_own(how, aggregate):
     scores = weight_relevance(model, x, y, aggregate=aggregate, batch_size=1)
     single = [weight_relevance(model, *one) for one in zip(x.split(1), y.split(1), strict=True)]
     for name, score in scores.items():
-        every = torch.stack([one[name] for one in single])
-        wanted = every.abs().sum(0) if aggregate == "abs" else every.square().mean(0).sqrt()
+        wanted = aggregated(torch.stack([one[name] for one in single]), aggregate)
         torch.testing.assert_close(score, wanted)
 
 

@@ -490,17 +490,17 @@ def test_positions_in_the_first_axis_belong_to_their_image(aggregate):
     torch.testing.assert_close(flat, wanted)
 
 
+class Absolute(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).abs()
+
+
 def test_the_absolute_value_of_a_spectrum_passes_relevance_by_its_gradient():
     model = nn.Sequential(nn.Linear(20, 16, bias=False), Absolute(), nn.Linear(16, 4, bias=False))
     images, labels = _data()
     model, images = model.double(), images.double()
     given = input_relevance(model, images, labels).sum(1)
     torch.testing.assert_close(given, model(images).gather(1, labels[:, None])[:, 0].detach())
-
-
-class Absolute(nn.Module):
-    def forward(self, x):
-        return torch.fft.fft(x).abs()
 
 
 def test_a_query_that_may_read_nothing_reads_zeros():
