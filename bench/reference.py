@@ -65,7 +65,9 @@ def reference(model: nn.Module, images: Tensor, labels: Tensor, names: list[str]
     leaves = [w.clone().requires_grad_() for w in weights.values()]
     run = _Modified(graph, len(leaves))
     with torch.enable_grad():
-        out = run.run(*leaves, images.detach().clone(), enable_io_processing=False)
+        shown = images.detach().clone()  # they take their share where they are a factor
+        shown.requires_grad_(shown.is_floating_point())
+        out = run.run(*leaves, shown, enable_io_processing=False)
         out = out if isinstance(out, Tensor) else out[0]  # [samples, classes]
         out.gather(1, labels[:, None]).sum().backward()
     return {

@@ -12,7 +12,7 @@ from .prune import Removed
 
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
 SMALLEST, LARGEST = 1e-5, 1e6  # of a layer's largest weight, in 16 to 127 steps of float16
-FAR = 10.0  # points of accuracy on the reference images whose loss is worth a warning
+LOST = 10.0  # points of accuracy on the reference images whose loss is worth a warning
 
 
 def float_bytes(model: nn.Module) -> int:
@@ -40,23 +40,24 @@ def warn_of_unscored(removed: Removed, result: Compressed) -> None:
         warnings.warn(
             "weights that no rule scores are stored as they are, neither pruned nor quantized: "
             + ", ".join(parts),
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def warn_of_sizes(removed: Removed) -> None:
     """Name the layers whose weights are too small or too large for steps in float16."""
-    small, large = [], []
-    for name in removed.masks:
-        largest = float(removed.network.get_parameter(name).detach().abs().max())
-        small += [repr(name)] if 0 < largest < SMALLEST else []
-        large += [repr(name)] if largest > LARGEST else []
-    for names, how in ((small, f"smaller than {SMALLEST:g}"), (large, f"larger than {LARGEST:g}")):
+    weights = {repr(name): removed.network.get_parameter(name).detach() for name in removed.masks}
+    largest = {name: float(weight.abs().max()) for name, weight in weights.items()}
+    outside = {
+        f"smaller than {SMALLEST:g}": [name for name, w in largest.items() if 0 < w < SMALLEST],
+        f"larger than {LARGEST:g}": [name for name, w in largest.items() if w > LARGEST],
+    }
+    for how, names in outside.items():
         if names:
             warnings.warn(
                 f"weights of {', '.join(names)} are {how}, which steps in float16 cannot hold: "
                 "multiply them by a constant, and divide their layer's outputs by it",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -73,7 +74,7 @@ def warn_of_emptied(removed: Removed, result: Compressed) -> None:
             f"no weight of {', '.join(emptied)} is left: little or no relevance reaches them. It "
             "never does where a layer's outputs act only as a divisor or through a comparison or "
             "an index; if these do, take a recipe without relevance (recipe='uniform')",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -82,15 +83,15 @@ def warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels:
     before = evaluate(copied(model), images, labels)  # a forward may change what it runs on
     after = evaluate(result.to_model(model), images, labels)
     chance = 100 * float(labels.bincount().max()) / len(labels)
-    if before <= chance + FAR / 2 < 100:
+    if before <= chance + LOST / 2 < 100:
         warnings.warn(
             f"the model itself is near chance on the reference images ({before:.1f} %): are they "
             "normalised as in training, and the labels in its order?",
-            stacklevel=3,
+            stacklevel=4,
         )
-    elif before - after > FAR:
+    elif before - after > LOST:
         warnings.warn(
             f"compression took the accuracy on the reference images from {before:.1f} to "
             f"{after:.1f} %: take a gentler recipe or a larger budget",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,17 +1,21 @@
 """What is unusable, refused before long work starts by a sentence that names the remedy."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
-from .inputs import UnsupportedLayerError
+from .inputs import UnsupportedLayerError, probed, tensors
 
+ALONE = 4  # images of which each is run by itself, too
 WEIGHT_HOOKS = {  # what they leave as a plain attribute cannot be copied, nor told from a weight
     prune.BasePruningMethod: "torch.nn.utils.prune.remove",
     WeightNorm: "torch.nn.utils.remove_weight_norm",
@@ -24,18 +28,29 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {_advice_on_model(model)}")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(value, UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: run the model once on some images")
         if value.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without values: load them first")
         if value.layout != torch.strided:
             raise UnsupportedLayerError(f"{name!r} is sparse: give the layer its to_dense()")
         if not value.numel() and isinstance(value, nn.Parameter):
             raise UnsupportedLayerError(f"{name!r} has no elements: leave its layer out")
+        # a mask, which does not train, may hold infinities
+        bad = ~value.isfinite() if value.requires_grad else value.isnan()
+        if isinstance(value, nn.Parameter) and bad.any():
+            raise ValueError(f"{name!r} holds values that are not finite")
     _check_memory(model)
     for path, module in model.named_modules():
         name = f"module {path or '(the model itself)'!r} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedLayerError(
                 f"{name} is compiled code of TorchScript: give the nn.Module that it was made from"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise UnsupportedLayerError(
+                f"{name} has no running statistics, so that the output for an image depends on the "
+                "others: make it with track_running_stats=True"
             )
         nodes = graph.nodes if isinstance(graph := getattr(module, "graph", None), fx.Graph) else ()
         if any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
@@ -150,3 +165,79 @@ def check_logits(logits: Any, labels: Tensor) -> None:
             f"labels run from {int(labels.min())} to {int(labels.max())}, "
             f"the model has classes 0 to {logits.shape[1] - 1}"
         )
+
+
+class _Reading(TorchFunctionMode):
+    """A pass in which none of a network's tensors may be read."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        held = (*model.named_parameters(), *model.named_buffers())
+        self.names = {value.untyped_storage()._cdata: name for name, value in held}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        for tensor in tensors((args, kwargs or {})):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            if wrapped or tensor.layout != torch.strided:
+                continue  # without a memory that could be the model's
+            if name := self.names.get(tensor.untyped_storage()._cdata):
+                raise UnsupportedLayerError(
+                    f"a copy of the model reads {name!r} of the model itself: some function or "
+                    "hook holds on to the model; write it as a method, or let it read from the "
+                    "module that it is given"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def check_copy(model: nn.Module, copy: nn.Module, images: Tensor) -> None:
+    """Raise UnsupportedLayerError where a copy computes with the tensors of the model itself."""
+    with _Reading(model), suppress(ValueError):  # what else is wrong is told elsewhere
+        probed(copy, images)
+
+
+def check_alone(network: nn.Module, images: Tensor) -> None:
+    """Raise UnsupportedLayerError where outputs depend on chance, or on other images of a batch.
+
+    A network that squeezes needs two images at a time, and gets each twice; some take but one.
+    """
+    some = images[:ALONE]
+    try:
+        together = probed(network, some)
+    except ValueError:
+        together = probed(network, some := images[:1])
+    again = probed(network, some)
+    if not together.isfinite().all():
+        raise ValueError("the model returns NaN or infinite logits")
+    if not _near(together, again):
+        raise UnsupportedLayerError(
+            "the outputs for the same images differ from pass to pass: evaluation mode must not "
+            "be random (dropout and its kin need training=self.training), nor change the model"
+        )
+    if not _near(together, _apart(network, some, 1)) and not (
+        len(some) > 1 and _near(together, _apart(network, some, 2))
+    ):
+        raise UnsupportedLayerError(
+            "the output for an image depends on the others of its batch: is the first axis that "
+            "of the samples everywhere (batch_first=True), and is no mean, norm or softmax taken "
+            "over it?"
+        )
+
+
+def _apart(network: nn.Module, images: Tensor, times: int) -> Tensor | None:
+    """The outputs for each image by itself, so many times; None where it cannot run like that."""
+    try:
+        every = [probed(network, torch.cat([image] * times)) for image in images.split(1)]
+    except ValueError:
+        return None
+    return torch.cat([out[:1] if out.dim() > 1 else out for out in every])
+
+
+def _near(one: Tensor, other: Tensor | None) -> bool:
+    """Whether outputs differ by no more than rounding."""
+    if other is None or one.shape != other.shape:
+        return False
+    share = max(1e-3, 8 * torch.finfo(one.dtype).eps)
+    largest = float(one.detach().abs().max())
+    return torch.allclose(one, other, rtol=share, atol=share * largest)

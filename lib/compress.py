@@ -24,7 +24,7 @@ from .advice import (
     warn_of_sizes,
     warn_of_unscored,
 )
-from .checks import check_logits, check_model, check_samples
+from .checks import check_alone, check_copy, check_logits, check_model, check_samples
 from .codec import Compressed
 from .codes import halved
 from .finetune import Batches, accuracy, check_batches, finetune
@@ -112,6 +112,7 @@ def encode(prepared: Prepared, recipe: Recipe) -> Compressed:
     return Compressed(folded.unfold(state | codes | tied | halves))
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     images: Tensor,
@@ -191,7 +192,10 @@ def compress(
     if output is not None:
         model = copied(model, output)
     labels = labels.long()
-    check_logits(probed(copied(model).eval(), images[:2]), labels)
+    network = copied(model).eval()
+    check_copy(model, network, images[:2])
+    check_logits(probed(network, images[:2]), labels)
+    check_alone(network, images)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
     warn_of_sizes(prepared.removed)
     with reporting.showing(progress):

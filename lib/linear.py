@@ -142,12 +142,13 @@ def bias_of(layer: Layer) -> Tensor | None:
 def hooked(model: nn.Module, names: Iterable[str], hook: Callable) -> Iterator[None]:
     """Call ``hook(name, layer, inputs, output)`` in forward passes, which autocast leaves alone.
 
-    Not where a layer is told more than its input, such as the size of the output.
+    Not where a layer is told more than its input, such as the size of the output, and not where
+    it reads no sample.
     """
 
     def calling(name: str) -> Callable:
         def called(layer: Any, args: tuple, kwargs: dict, output: Tensor) -> Any:
-            if len(args) + len(kwargs) > 1:
+            if len(args) + len(kwargs) > 1 or not output.numel():
                 return None
             with full_precision():
                 return hook(name, layer, args or (kwargs["input"],), output)

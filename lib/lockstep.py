@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import own, tensors
+from .inputs import UnsupportedLayerError, own, tensors
 from .linear import Layer, hooked, layers_of
 
+PAIRED = 16  # images that show which layers run for each
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 Change = Callable[[str, Layer, Tensor, Tensor, Tensor], None]
@@ -43,20 +44,38 @@ class Plan:
 def plan(model: nn.Module, images: Tensor) -> Plan:
     """Find the layers of a network in the order of its forward pass, and where branches end.
 
-    In evaluation mode it runs once, on a few images [N, ...].
+    In evaluation mode it runs on some of the images [N, ...], two at a time. Layers that run for
+    some images only, or read but a part of them, are left out.
     """
-    probe = _Probe()
-    layers = layers_of(model)
-    with torch.no_grad(), hooked(model, layers, probe.layer), probe:
-        model(own(images, model))
+    layers, shapes = layers_of(model), []
+    for pair in reversed(pairs_of(images)):
+        batch, probe = own(pair, model), _Probe()
+        with torch.no_grad(), hooked(model, layers, probe.layer), probe:
+            model(batch)
+        shapes.append({name: output.shape for name, output in probe.outputs})
     calls = Counter(name for name, _ in probe.outputs)
-    found = Plan([name for name, _ in probe.outputs if calls[name] == 1], set())
+    steady = {name for name in calls if all(shapes[-1][name] == s.get(name) for s in shapes)}
+    found = Plan([n for n, _ in probe.outputs if calls[n] == 1 and n in steady], set())
     sizes = {name: layers[name].weight.numel() for name in found.layers}
     for terms in probe.sums:
         ends = [name for name in terms if name in sizes and probe.readers[name] == 1]
         if ends:  # of two branches the one with more weights can take back more
             found.branch_ends.add(max(ends, key=lambda name: sizes[name]))
     return found
+
+
+def pairs_of(images: Tensor) -> list[Tensor]:
+    """A few images from all parts of the set, two at a time: some networks squeeze one away."""
+    some = images[:: max(1, len(images) // PAIRED)][:PAIRED]
+    return list(some[: len(some) - len(some) % 2 or 1].split(2))
+
+
+def unsteady(name: str) -> UnsupportedLayerError:
+    """The error for a layer that reads other samples in one network than in the other."""
+    return UnsupportedLayerError(
+        f"which images {name!r} reads depends on the activations before it, so that it cannot be "
+        "coded in the order of the layers: choose a recipe that does not (lrp-rd, uniform)"
+    )
 
 
 class _Probe(TorchFunctionMode):
@@ -78,7 +97,8 @@ class _Probe(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         read = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
-        given = [(t, t._version) for t in tensors((args, kwargs or {}))]
+        every = tensors((args, kwargs or {}))
+        given = [(t, t._version) for t in every if not t.is_inference()]
         result = func(*args, **(kwargs or {}))
         changed = [t for t, version in given if t._version != version]
         same = bool(args) and result is args[0]
@@ -109,7 +129,7 @@ def change_in_order(
         ``(path, layer, inputs, output, target)``: changes the layer in place. ``output`` is what
         it gives at present, ``target`` what it should give, both shaped alike.
     """
-    route = plan(network, images[:2])
+    route = plan(network, images)
     names = names & set(route.layers)
     network.eval()
     with _Dense(dense, images, names, route.branch_ends).started() as targets:
@@ -151,7 +171,7 @@ class _Watch(TorchFunctionMode):
 class _Changing(_Watch):
     """The second network's pass."""
 
-    def __init__(self, branch_ends: set[str], targets: Iterator[Tensor], change: Change):
+    def __init__(self, branch_ends: set[str], targets: "_Dense", change: Change):
         super().__init__(branch_ends)
         self.targets, self.change = targets, change
 
@@ -160,13 +180,13 @@ class _Changing(_Watch):
             if name in self.branch_ends:
                 self.pending[id(output)] = (name, (layer, inputs[0].clone(), output))
                 return None
-            self.change(name, layer, inputs[0], output, next(self.targets))
+            self.change(name, layer, inputs[0], output, self.targets.of(name, output))
             return layer.forward(inputs[0])
 
     def at_sum(self, name: str, held: Any, args: tuple) -> None:
         layer, inputs, output = held
         (other,) = [t for t in tensors(args) if t is not output]
-        self.change(name, layer, inputs, output, next(self.targets) - other)
+        self.change(name, layer, inputs, output, self.targets.of(name, output) - other)
         output.copy_(layer.forward(inputs))
 
 
@@ -184,16 +204,16 @@ class _Dense(_Watch):
         if name in self.branch_ends:
             self.pending[id(output)] = (name, output)
         else:
-            self._give(output)
+            self._give(name, output)
 
     def after_sum(self, name: str, result: Tensor) -> None:
-        self._give(result)
+        self._give(name, result)
 
-    def _give(self, value: Any) -> None:
+    def _give(self, name: str, value: Any) -> None:
         value = value.clone() if isinstance(value, Tensor) else value  # may be changed in place
         while not self.stopped.is_set():
             try:
-                return self.queue.put(value, timeout=0.5)
+                return self.queue.put((name, value), timeout=0.5)
             except queue.Full:
                 continue
         raise _Stopped
@@ -202,24 +222,34 @@ class _Dense(_Watch):
         try:
             with torch.no_grad(), hooked(self.model, self.names, self.layer), self:
                 self.model(own(self.images, self.model))
+            self._give("", None)
         except _Stopped:
             return
         except BaseException as error:  # handed to whoever waits for an output
-            self._give(error)
+            self._give("", error)
 
     @contextmanager
-    def started(self) -> Iterator[Iterator[Tensor]]:
+    def started(self) -> Iterator["_Dense"]:
         self.thread.start()
         try:
-            yield iter(self._next, None)
+            yield self
         finally:
             self.stopped.set()
             self.thread.join()
 
-    def _next(self) -> Tensor:
-        value = self.queue.get()
+    def of(self, name: str, output: Tensor) -> Tensor:
+        """What the layer of that name gives, or the sum that its branch ends in; like ``output``.
+
+        Raises
+        ------
+        UnsupportedLayerError
+            The two networks do not call the same layers on the same samples.
+        """
+        came, value = self.queue.get()
         if isinstance(value, BaseException):
             raise value
+        if came != name or value.shape != output.shape:
+            raise unsteady(name)
         return value
 
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from .codec import Compressed
 from .files import write_bytes
 from .fold import fold_batchnorm
+from .inputs import split
 from .onnx_int8 import quantize
 
 OPSET = 17  # the newest that torch's exporter writes without further packages
 TOLERANCE = 1e-4  # between float file and model, relative where outputs exceed one
+FEWEST, BATCH = 5, 50  # images on which a file is compared with the model; of these at a time
 FAR = 0.25  # of the outputs' size; a change by 8 bits that deserves a warning
 
 
@@ -40,8 +42,8 @@ def to_onnx(
     model : nn.Module
         Its architecture, with one input and one output; stays as it is.
     images : Tensor
-        [N, ...], N >= 1, as the model takes them, from the training data. The float file is
-        checked on the first of them. The ranges of the int8 file's activations are those met on
+        [N, ...], N >= 1, as the model takes them, from the training data. The file is compared
+        with the model on all of them. The ranges of the int8 file's activations are those met on
         all of them: a hundred are enough, and they should cover every class.
     path : str or Path
         Where to; an older file is replaced only by a complete one.
@@ -101,13 +103,14 @@ def to_onnx(
     decoded = compressed.to_model(model).cpu().float().eval()
     images = images.detach().cpu()
     images = images.float() if images.is_floating_point() else images
-    expected = _outputs(decoded, images)
+    shown = images if len(images) >= FEWEST else _some(images, FEWEST)
+    expected = _outputs(decoded, shown, list(images.shape))
     folded = fold_batchnorm(decoded, images)
-    data = _trace(folded, images, expected)
+    data = _trace(folded, shown, expected)
     if int8:
         with _saying("the network cannot be written in 8 bits", "Write it in float32 (int8=False)"):
             data = quantize(data, folded, compressed, images)
-            _warn_if_far(_logits(_session(data), _some(images, 5)), expected)
+            _warn_if_far(_found(data, shown), expected)
     write_bytes(path, data)
     return len(data)
 
@@ -158,18 +161,25 @@ def _some(images: Tensor, count: int) -> Tensor:
     return images[torch.arange(count) % len(images)]
 
 
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """What the file is to give for five images, [5, ...]."""
-    shape = list(images.shape)
-    unusable = _saying(f"the model cannot be run on images {shape}, give it images as in training")
-    with _composed_attention(), torch.no_grad(), unusable:
-        expected = model(_some(images, 5))
-    if not isinstance(expected, Tensor) or len(expected) != 5:
-        raise ValueError(
-            "only a network with one output, a tensor [N, ...], can be exported; wrap yours in a "
-            "module that returns one"
-        )
-    return expected
+def _outputs(model: nn.Module, images: Tensor, shape: list[int]) -> Tensor:
+    """What the file is to give for these images [N, ...]; ``shape`` is that of those given."""
+    expected = []
+    given = f"images {shape}, give it images as in training"
+    for part in split(images, BATCH):
+        with _composed_attention(), torch.no_grad(), _saying(f"the model cannot be run on {given}"):
+            expected.append(model(part.clone()))
+        if not isinstance(expected[-1], Tensor) or expected[-1].shape[:1] != part.shape[:1]:
+            raise ValueError(
+                "only a network with one output, a tensor [N, ...], can be exported; wrap yours in "
+                "a module that returns one"
+            )
+    return torch.cat(expected)
+
+
+def _found(data: bytes, images: Tensor) -> Tensor:
+    """What a file gives for these images, [N, ...]."""
+    session = _session(data)
+    return torch.cat([_logits(session, part) for part in split(images, BATCH)])
 
 
 def _warn_if_far(found: Tensor, expected: Tensor) -> None:
@@ -195,7 +205,7 @@ def _trace(model: nn.Module, images: Tensor, expected: Tensor) -> bytes:
     with _composed_attention(), torch.no_grad(), unwritable:
         data = _export(model, _some(images, 2))
         onnx.checker.check_model(data, full_check=True)
-        found = _logits(_session(data), _some(images, 5))
+        found = _found(data, images)
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
     if not difference < TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(

@@ -2,13 +2,14 @@
 
 Layers are visited in the order of the forward pass. Each is fitted to what the dense network's
 layer puts out, from the inputs which the repaired network gives it, so that errors made before it
-are compensated as well. Layers that ``lib.linear`` does not know are left as they are. All models
-given stay untouched.
+are compensated as well. Layers that ``lib.linear`` does not know are left as they are, and those
+that read other samples than in the dense network. All models given stay untouched.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from .checks import check_images
 from .inputs import own, split
 from .leastsquares import equations
 from .linear import Layer, Place, View, bias_of, hooked, layers_of, watch
+from .lockstep import pairs_of
 from .masks import Mask, masked
 from .patches import units_of
 
 MEMORY = 2**31  # bytes of layers' outputs that may be held at a time
 BATCH = 50  # images unfolded at a time, and run at a time where outputs would take more
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # a layer's input, output, and output wanted
+Pair = tuple[Tensor, Tensor]  # a layer's input and output
+Triple = tuple[Tensor, Tensor, Tensor]  # and the output wanted
+Batches = Iterable[Triple]
 Change = Callable[[str, Layer, Batches], None]
 
 
@@ -149,16 +153,24 @@ def _repaired(
     dense, network = opened(copy.deepcopy(dense)), opened(repaired)
     layers = layers_of(network)
     with torch.no_grad():
-        calls, size = _order(network, images[:2])
+        calls, size = _order(network, images)
         names = [name for name in calls if chosen(name, layers[name])]
         if size * len(images) <= MEMORY and all(calls[name] == 1 for name in names):
             _in_one_pass(dense, network, images, change, names)
             return repaired
         for name in names:
             seen, wanted = (_run(model, name, images, calls[name]) for model in (network, dense))
-            pairs = zip(seen, wanted, strict=True)
-            change(name, layers[name], ((*now, target) for now, (_, target) in pairs))
+            batches = _alike(seen, wanted)
+            if (first := next(batches, None)) is not None:
+                change(name, layers[name], chain([first], batches))
     return repaired
+
+
+def _alike(seen: Iterator[list[Pair]], wanted: Iterator[list[Pair]]) -> Iterator[Triple]:
+    """(input, output, output wanted) of a layer where both networks call it on the same samples."""
+    for now, then in zip(seen, wanted, strict=True):
+        if [output.shape for _, output in now] == [output.shape for _, output in then]:
+            yield from ((a, z, target) for (a, z), (_, target) in zip(now, then, strict=True))
 
 
 def _in_one_pass(
@@ -170,7 +182,10 @@ def _in_one_pass(
         targets[name] = output.clone()  # an activation in place may follow
 
     def replace(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        change(name, layer, [(inputs[0], output, targets.pop(name))])
+        target = targets.pop(name, None)
+        if target is None or target.shape != output.shape:
+            return output  # of other samples
+        change(name, layer, [(inputs[0], output, target)])
         return layer.forward(inputs[0])
 
     for model, hook in ((dense, keep), (repaired, replace)):
@@ -195,11 +210,9 @@ class _Reached(Exception):
     """Ends a forward pass once the layer has been seen."""
 
 
-def _run(
-    model: nn.Module, name: str, images: Tensor, calls: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the layer's (input, output) of each call, batch by batch."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def _run(model: nn.Module, name: str, images: Tensor, calls: int) -> Iterator[list[Pair]]:
+    """Yield the layer's (input, output) of all calls, batch by batch."""
+    seen: list[Pair] = []
 
     def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
         seen.append((inputs[0].clone(), output.clone()))
@@ -210,16 +223,27 @@ def _run(
         seen.clear()
         with hooked(model, [name], hook), suppress(_Reached):
             model(own(batch, model))
-        yield from list(seen)
+        yield list(seen)
 
 
 def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, int], float]:
-    """Layers in the order of the pass with the number of their calls; bytes put out an image."""
-    trace: list[tuple[str, int]] = []
+    """Layers in the order of the pass with the number of their calls; bytes put out an image.
+
+    Those are left out that read other samples, or a part of them, from some images to others.
+    """
+    passes: list[dict[str, list[tuple[torch.Size, int]]]] = []
 
     def hook(name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
-        trace.append((name, output.nbytes))
+        passes[-1].setdefault(name, []).append((output.shape, output.nbytes))
 
-    watch(model, images, layers_of(model), hook)
-    names = [name for name, _ in trace]
-    return {name: names.count(name) for name in names}, sum(size for _, size in trace) / len(images)
+    pairs = pairs_of(images)
+    for pair in pairs:
+        passes.append({})
+        watch(model, pair, layers_of(model), hook)
+    calls = {
+        name: len(found)
+        for name, found in passes[0].items()
+        if all(found == each.get(name) for each in passes)
+    }
+    size = sum(nbytes for found in passes[0].values() for _, nbytes in found)
+    return calls, size / len(pairs[0])

@@ -147,7 +147,7 @@ def test_a_ruined_network_is_warned_of(trained, references):
         file = compress(trained, *references, "lrp-paper")
     assert seen[0].filename == __file__
     lost = before - evaluate(file.to_model(trained), *references)
-    assert_above(lost, advice.FAR, "points that the literal rule loses")
+    assert_above(lost, advice.LOST, "points that the literal rule loses")
 
 
 def test_a_model_near_chance_is_warned_of(references):
@@ -169,7 +169,7 @@ def test_a_sound_result_is_silent(trained, references):
             file = compress(trained, *data, Recipe(store=store))
         lost = evaluate(trained, *data) - evaluate(file.to_model(trained), *data)
         kind = f"{type(store).__name__}, {len(data[1])} images"
-        assert_below(lost, advice.FAR, f"points that a sound file loses, {kind}")
+        assert_below(lost, advice.LOST, f"points that a sound file loses, {kind}")
 
 
 @pytest.mark.parametrize("name", ["lrp-rd", "lrp-gradual", "deeplift-baseline", "uniform"])

@@ -108,6 +108,18 @@ SHAPES = {
     "running sum": lambda g: g[..., None].cumsum(2)[..., 0],
     "left as it is": lambda g: F.dropout(g, 0.5, training=False),
     "written into": _written,
+    "largest of two": lambda g: torch.stack([g, g / 2]).amax(0),
+    "largest and where": lambda g: torch.stack([g / 3, g]).max(0)[0],
+    "at least a number": lambda g: torch.max(g, torch.full_like(g, 0.6)),
+    "pooled": lambda g: F.max_pool1d(g.repeat_interleave(2, 1)[:, None], 2)[:, 0],
+    "pooled to a size": lambda g: F.adaptive_max_pool2d(
+        g[:, :, None, None].expand(-1, -1, 3, 3), 1
+    ).flatten(1),
+    "sorted and back": lambda g: (s := g.sort(1)).values.gather(1, s.indices.argsort(1)),
+    "first of the largest": lambda g: torch.stack([g, g - 1, g - 2]).topk(2, 0).values[0],
+    "the middle one": lambda g: torch.stack([g, g + 1, g - 1]).median(0).values,
+    "running largest": lambda g: torch.stack([g, g - 1]).cummax(0)[0][1],
+    "larger of two": lambda g: torch.maximum(g, g - 1),
     "matrix": lambda g: g @ torch.diag(torch.arange(1.0, 5.0)).double(),
 }
 
@@ -323,7 +335,8 @@ ONE = (
     *(torch.sigmoid, torch.tanh, F.silu, F.gelu, lambda g: g.flip(1), lambda g: g / 3),
 )
 TWO = (
-    *SECOND.values(), lambda g, h: torch.stack([g, h], 1).mean(1),
+    *SECOND.values(), torch.maximum, lambda g, h: torch.stack([g, h], 1).mean(1),
+    lambda g, h: torch.stack([g, h], 1).amax(1), lambda g, h: torch.cat([g, h], 1).topk(4).values,
     lambda g, h: (g[:, :, None] @ h[:, None]).diagonal(dim1=1, dim2=2),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.fold import fold_batchnorm
+from lib.inputs import UnsupportedLayerError
 from lib.lockstep import change_in_order, plan
 from study.networks import build
 
@@ -204,3 +205,23 @@ def test_the_dense_network_stays_as_it_is():
     assert all((network.get_submodule(name).weight == 0).all() for name in names)
     assert all((folded.get_submodule(name).weight != 0).any() for name in names)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+class Parting(nn.Module):
+    """One of two layers, by what the first gives."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.two = (nn.Linear(4, 4) for _ in range(3))
+        self.last, self.threshold = nn.Linear(4, 4), threshold
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.one(h) if h.max() > self.threshold else self.two(h))
+
+
+def test_networks_that_part_are_refused():
+    names, images = {"first", "one", "two", "last"}, torch.randn(4, 4)
+    with pytest.raises(UnsupportedLayerError, match="which images 'one' reads depends.*lrp-rd"):
+        change_in_order(Parting(100).eval(), Parting(-100).eval(), images, names, lambda *_: None)

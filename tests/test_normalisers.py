@@ -180,8 +180,10 @@ def test_a_sum_with_a_product_is_one_of_its_parts():
     same(lambda h, k: torch.addcmul(h, h, k), lambda h, k: h + h * k)
     same(lambda h, k: h.addmm(mat1=k, mat2=torch.eye(6).double()), lambda h, k: h + k)
     same(
-        lambda h, k: h[None].baddbmm(batch1=k[None], batch2=h.T[None] @ k[None], beta=0.5)[0],
-        lambda h, k: 0.5 * h + torch.bmm(k[None], h.T[None] @ k[None])[0],
+        lambda h, k: h[:, None].baddbmm(
+            batch1=k[:, None], batch2=h[..., None] @ k[:, None], beta=0.5
+        )[:, 0],
+        lambda h, k: (0.5 * h[:, None] + torch.bmm(k[:, None], h[..., None] @ k[:, None]))[:, 0],
     )
 
 

@@ -114,26 +114,33 @@ def test_what_samples_share_is_refused_where_it_matters():
     weight_relevance(model, images, labels, aggregate="abs", batch_size=1)
 
 
+class Taking(nn.Module):
+    """A part that takes one input twice, or gives several results."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x, x) if isinstance(self.inner, nn.Bilinear) else self.inner(x)[0]
+
+
 @pytest.mark.parametrize(
     "body, advice",
     [
-        (nn.LSTM(6, 6), "recurrence"),
+        (nn.LSTM(6, 6, batch_first=True), "recurrence"),
         (nn.LogSoftmax(-1), "logits"),
         (Call(lambda x: x * x * x.exp()), "exp"),
-        (Call(lambda x: torch.einsum("ni,ni,ni->ni", x, x, x)), "3 activations"),
+        (Call(lambda x: torch.einsum("...i,...i,...i->...i", x, x, x)), "3 activations"),
         (Call(lambda x: 1 / x), "divide that one"),
         (nn.Bilinear(6, 6, 6), "bilinear"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_advice(body, advice):
-    if isinstance(body, nn.Bilinear):
-        body = Call(lambda x, inner=body: inner(x, x))
-    model = Classifier(body)
-    if isinstance(body, nn.LSTM):
-        model.body = Call(lambda x: body(x)[0])
+    model = Classifier(Taking(body) if isinstance(body, (nn.LSTM, nn.Bilinear)) else body)
     with pytest.raises(UnsupportedLayerError, match=advice) as caught:
-        weight_relevance(model, torch.randn(3, 4), torch.tensor([0, 1, 2]))
+        weight_relevance(model, torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
     assert "'body" in str(caught.value)
 
 
@@ -194,8 +201,9 @@ def test_layers_that_do_not_run_have_no_relevance(aggregate):
 
 
 FLOORS = (
-    *("kinds", "rules", "operations", "samples", "layers", "factors", "functions", "norms"),
-    *("weights", "changes", "trace", "collectors", "collect", "deeplift", "__init__"),
+    *("kinds", "rules", "operations", "samples", "layers", "factors", "origins", "functions"),
+    *("norms", "weights", "changes", "passing", "trace", "collectors", "collect", "deeplift"),
+    "__init__",
 )
 ABOVE = ("fold", "inputs", "checks", "dense", "fields")
 

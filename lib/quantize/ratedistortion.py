@@ -1,7 +1,8 @@
 """Rate–distortion choice of codes: relevance-weighted damage against bits, errors compensated."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from .uniform import uniform
 DAMPING = 0.05  # added to the diagonal of a second moment, relative to its mean
 SWEEPS = 5  # most passes of coordinate descent
 TRIES = 3  # dampings tried, each four times the one before
+OTHERS = 0.01  # share of weights without moments from which they deserve a warning
 NOISE = 0.01  # largest eigenvalue below zero for rounding, relative to the largest diagonal entry
 
 
@@ -89,6 +91,7 @@ class RateDistortion(Quantizer):
     ) -> dict[str, Codes]:
         """See ``rate_distortion``; layers whose inputs have no known moment get eight bits."""
         codes = {}
+        warn_of_others(weights.keys() - prepared.moments.keys(), masks)
         for name, weight in each(weights.items()):
             if name in prepared.moments:
                 codes[name] = coded(
@@ -98,6 +101,19 @@ class RateDistortion(Quantizer):
             else:
                 codes[name] = uniform(weight, 8, mask=masks[name])
         return codes
+
+
+def warn_of_others(names: Iterable[str], masks: dict[str, Tensor]) -> None:
+    """Name the weights to which no price applies, where they are more than 1 % of all."""
+    names = sorted(names)
+    share = sum(masks[name].numel() for name in names) / sum(m.numel() for m in masks.values())
+    if share > OTHERS:
+        warnings.warn(
+            f"{share:.0%} of the weights take eight bits at any price, since what reads them is "
+            f"not known: {', '.join(map(repr, names))}. Their layers do not run, run twice or for "
+            "some images only, or are not called: layer(x), not F.linear(x, layer.weight)",
+            stacklevel=2,
+        )
 
 
 def coded(

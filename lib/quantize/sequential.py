@@ -19,7 +19,7 @@ from ..lockstep import change_in_order, plan
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
-from .ratedistortion import RateDistortion, coded
+from .ratedistortion import RateDistortion, coded, warn_of_others
 from .sizes import Problem
 from .uniform import uniform
 
@@ -91,10 +91,12 @@ class Sequential(RateDistortion):
         codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
         layers = layers_of(inside)
-        places = {path: Place.of(path, layers[path]) for path in plan(inside, images[:2]).layers}
+        places = {path: Place.of(path, layers[path]) for path in plan(inside, images).layers}
         places = {path: place for path, place in places.items() if place.name in masks}
+        others = masks.keys() - {place.name for place in places.values()}
+        warn_of_others(others, masks)
         with torch.no_grad():
-            for name in masks.keys() - {place.name for place in places.values()}:
+            for name in others:
                 weight = network.get_parameter(name)
                 code = uniform(weight, 8, mask=masks[name])
                 weight.copy_(code.decode())

@@ -6,8 +6,9 @@ weight costs about one backward pass. Each file imports from those before it alo
 1. ``rules`` (how a layer shares relevance), ``operations`` (maps linear in input and weight),
    ``samples`` (where relevance starts, and the weights that are scored);
 2. ``layers``: autograd functions that carry relevance, and ``Collector``, what they report to;
-3. ``factors`` (gates and normalisers), ``functions``, ``kinds`` (all others, by name), ``weights``
-   (outside of their layers), ``changes`` (in place), ``trace``: how calls are replaced by those;
+3. ``kinds`` (functions by name), ``factors`` (gates and normalisers), ``origins`` (what comes from
+   the images alone), ``functions``, ``norms``, ``weights`` (outside of their layers), ``changes``
+   (in place), ``passing`` (functions that are no layers), ``trace``: how calls are replaced;
 4. ``collectors``, ``collect``: what is added up, and the run over all samples;
 5. ``deeplift``.
 """

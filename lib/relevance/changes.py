@@ -90,6 +90,12 @@ class Changes:
             return tree
         if isinstance(tree, Tensor):
             while entry := self.written.get(_identity(tree)):
+                part = _geometry(tree) != entry.place
+                if part and (hasattr(tree, "factor") or hasattr(entry.result, "factor")):
+                    raise self.refuse(
+                        "a factor of which a part is changed in place",
+                        "make a new tensor of it: gate = gate * c, or torch.cat",
+                    )
                 tree = entry.held(tree)
                 self.made(tree)
             return tree
@@ -113,6 +119,12 @@ def _geometry(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
+def is_inplace(func: Any) -> bool:
+    """Whether a function changes its first argument, by the way it is spelt."""
+    spelt = getattr(func, "__name__", "")
+    return spelt in FRESH or (spelt.endswith("_") and not spelt.startswith("__"))
+
+
 def out_of_place(
     func: Any, name: str, args: tuple, kwargs: dict
 ) -> tuple[Any, tuple, dict, Tensor | None]:
@@ -121,7 +133,7 @@ def out_of_place(
     kwargs = dict(kwargs)
     if spelt in FRESH:
         return FRESH[spelt], args, kwargs, args[0]
-    if spelt.endswith("_") and not spelt.startswith("__"):
+    if is_inplace(func):
         func, target = getattr(torch, name, None) or getattr(F, name, func), args[0]
     if any(a is True for a in args) and (position := _inplace(func)) < len(args):
         kwargs["inplace"] = args[position]

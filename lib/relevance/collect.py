@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_logits, check_model, check_samples
+from ..checks import check_alone, check_copy, check_logits, check_model, check_samples
 from ..fold import fold
 from ..inputs import (
     FullPrecision,
@@ -67,28 +67,32 @@ class Run(Generic[C]):
         check_samples(images, labels)
         choose = bounded(choose, images)
         scored_weights(model)  # or there is nothing to do
-        for path, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-                raise UnsupportedLayerError(
-                    f"module {path!r} ({type(module).__name__}) has no running statistics, so that "
-                    "the output for an image depends on the others: make it with "
-                    "track_running_stats=True"
-                )
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
         self.folded = fold(model if output is None else copied(model, output), images)
         private = self.folded.network
+        for module in private.modules():  # they watch gradients, which relevance is not
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
         scored = scored_weights(private)
         weights = {name: weight.detach() for name, weight in scored.items()}
         self.device = next(iter(weights.values())).device
         keys = {id(weight): name for name, weight in scored.items()}
         self.collector = collector(weights)
-        moving = _moving(private, scored, images[:2])
+        check_copy(model, private, images[:2])
+        image, plain = self._first(private)
+        moving = _moving(private, scored, image)
         self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
-        self._follow(private, rule, moving)
+        self._follow(image, plain, rule, moving)
+        first = choose(next(iter(self.propagate.visited), ""), False, True)
+        if first.name in DIRECT and not self.propagate.readers:
+            raise UnsupportedLayerError(
+                f"rule {first.name!r} is for the layer that reads the images, and none is seen to: "
+                "make what it reads of them by torch's functions, or choose another rule"
+            )
 
-    def _follow(self, private: nn.Module, rule: RuleLike, moving: set[str]) -> None:
-        """Check the model's output, and follow one image to learn which layers it uses."""
+    def _first(self, private: nn.Module) -> tuple[Tensor, Tensor]:
+        """The image that is followed, and the logits, checked."""
         image = self.images[:1]
         plain = probed(private, image)
         if isinstance(plain, Tensor) and plain.dim() < 2 <= len(self.images):
@@ -99,7 +103,21 @@ class Run(Generic[C]):
         check_logits(plain, self.labels)
         if self.start == "contrastive" and plain.shape[1] < 2:
             raise ValueError("a contrastive start needs at least two classes")
-        traced = self.propagate(own(image, private))
+        check_alone(private, self.images)
+        return image, plain
+
+    def _follow(self, image: Tensor, plain: Tensor, rule: RuleLike, moving: set[str]) -> None:
+        """Follow one image to learn which layers it uses."""
+        network = self.propagate.model
+        traced = self.propagate(own(image, network))
+        if self.propagate.shares and image.is_floating_point():
+            self.collector.forget()
+            try:
+                traced = self.propagate(own(image, network).requires_grad_())
+                self.collector.shares = True
+            except UnsupportedLayerError:  # what is made of the images first has no rule: constants
+                self.collector.forget()
+                traced = self.propagate(own(image, network))
         if not torch.allclose(traced, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
             raise UnsupportedLayerError(
                 "the traced forward pass differs from the model's: evaluation mode is random, or "
@@ -128,7 +146,10 @@ class Run(Generic[C]):
         """Propagate everything; gives the collector."""
         with full_precision():
             for images, labels in self.batches():
-                logits = self.propagate(self.collector.begin(images))  # [batch, classes]
+                images = self.collector.begin(images)
+                if self.collector.shares:
+                    images.requires_grad_()
+                logits = self.propagate(images)  # [batch, classes]
                 if self.collector.backwards:  # a sum: for gradients given, torch imports sympy
                     (logits * start_gradient(logits.detach(), labels, self.start)).sum().backward()
                 self.collector.end()

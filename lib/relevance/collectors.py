@@ -30,15 +30,21 @@ class Collected(Collector):
         How often the one image that is followed stands in its batch.
     direct : bool
         Whether a rule gives relevance to pixels that are zero.
+    shares : bool
+        Whether images are factors of activations, and take their share of relevance.
     """
 
     backwards: bool = True
     copies: int = 1
     direct: bool = False
+    shares: bool = False
 
     def __init__(self, weights: dict[str, Tensor]):
         self.weights, self.samples = weights, 0
         self.totals: dict[str, Tensor] = {}
+
+    def forget(self) -> None:
+        """Forget what was learned from the image that was followed: it is followed once more."""
 
     def begin(self, images: Tensor) -> Tensor:
         """Make ready for a batch; gives the images to propagate, [samples, ...]."""
@@ -87,24 +93,36 @@ class PerSample(PerWeight):
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__(weights)
         # what each use of a weight reads for the first image, and where in a batch that is
-        self.singles: list[Tensor] = []
+        self.singles: list[tuple[Key | None, Tensor]] = []
         self.layouts: list[Layout | None] = []
         self.uses: Counter[Key | None] = Counter()
         self.pieces: dict[Key, list[Piece]] = defaultdict(list)
 
+    def forget(self) -> None:
+        self.singles.clear()
+
     def begin(self, images: Tensor) -> Tensor:
         self.uses.clear()
+        self.number = 0  # of uses in this batch
         return super().begin(images)
 
     def use(self, layer: Layer, a: Tensor) -> None:
         if not self.samples:
-            self.singles.append(a.detach())
+            self.singles.append((layer.key, a.detach()))
             return
-        number = self.uses.total() % len(self.singles)
+        number = self.number % len(self.singles)
+        key, single = self.singles[number]
+        if key != layer.key:
+            raise UnsupportedLayerError(
+                f"whether {(layer.key or key or ('',))[0]!r} is used depends on the images, so "
+                "that relevance cannot be told apart by sample; use aggregate='sum' or "
+                "batch_size=1, or a criterion by sums (lrp-epsilon)"
+            )
         if number == len(self.layouts):
-            single, samples = self.singles[number], self.stacked * self.samples
+            samples = self.stacked * self.samples
             self.layouts.append(find_samples(a, single, samples, self.copies))
         layer.layout = self.layouts[number]
+        self.number += 1
         self.uses[layer.key] += 1
 
     def weight(self, layer: Layer, s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
@@ -156,9 +174,17 @@ class InputMoments(PerWeight):
 
     backwards = False
 
+    def begin(self, images: Tensor) -> Tensor:
+        self.used: list[Layer] = []
+        return super().begin(images)
+
+    def end(self) -> None:
+        for layer in self.used:
+            _only_used(layer)
+
     def use(self, layer: Layer, a: Tensor) -> None:
         if self.samples and layer.key:
-            _only_used(layer)
+            self.used.append(layer)
             name, first, last = layer.key
             squares = layer.operation.squares(a.detach(), self.weights[name][first:last])
             self.totals[name][first:last] += squares
@@ -170,7 +196,7 @@ def _only_used(layer: Layer) -> None:
         raise UnsupportedLayerError(
             f"{layer.place[0]!r} is no weight of units: its layer multiplies by one that is "
             "computed from it (a parametrization, or a slice, a view or a sum); choose a recipe "
-            "without units and inputs (uniform, magnitude, lrp-paper), or give the layer a "
+            "without units and inputs (uniform, magnitude), or give the layer a "
             "parameter of its own, by torch.nn.utils.parametrize.remove_parametrizations where "
             "it has one"
         )
@@ -189,8 +215,8 @@ class Units(Collected):
         if self.turned.setdefault(name, turned) != turned:
             raise UnsupportedLayerError(
                 f"the weight {name!r} is used by a convolution and by a transposed one, whose "
-                "units are not the same: choose a recipe without units (uniform, magnitude, "
-                "lrp-paper), or give each a weight of its own"
+                "units are not the same: choose a recipe without units (uniform, magnitude), or "
+                "give each a weight of its own"
             )
         axis = 1 if layer.operation.options else g.dim() - 1
         squared = g.square().sum([d for d in range(g.dim()) if d != axis])  # [units]

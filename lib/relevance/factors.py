@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.functional import jvp
 
 from ..inputs import UnsupportedLayerError, tensors
 from . import kinds
@@ -158,9 +159,10 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     """Mark the ``result`` of a function as a factor, where it makes one of those that it reads.
 
     A function that is linear in all activations takes a gate as it is and at rest alike; where
-    others are joined with gates, these count whole, as signals with nothing at rest. What moves
-    an elementwise function of a gate is what moves the gate, times the slope between both ends.
-    The product of two gates moves by both Shapley values.
+    others are joined with gates, these count whole, as signals with nothing at rest. So does a
+    selection, of the places where its values came from. What moves an elementwise function of a
+    gate is what moves the gate, times the slope between both ends. The product of two gates moves
+    by both Shapley values.
     """
     tracked = {id(t): t for t in tensors((args, kwargs)) if t.requires_grad}
     factors = {i: getattr(t, "factor", None) for i, t in tracked.items()}
@@ -174,12 +176,27 @@ def hand_on(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     def at(new: dict[int, Tensor]) -> Many:
         return several(func(*_swapped(args, new), **_swapped(kwargs, new)))
 
+    def selected(new: dict[int, Tensor]) -> Many:
+        # the derivative of a selection takes from any tensor what it takes from its argument
+        def selection(*args: Tensor) -> tuple[Tensor, ...]:
+            out = at(dict(zip(new, args, strict=True)))
+            return tuple(t for t in out if t.is_floating_point())
+
+        found = tuple(t.detach() for t in tracked.values())
+        return jvp(selection, found, tuple(new.values()), create_graph=True)[1]
+
     seen = {i: Gate.seen(t) for i, t in tracked.items()}
     moved = {i: gate.moved for i, gate in seen.items()}
     rest = {i: gate.rest for i, gate in seen.items()}
     alone, whole = len(tracked) == 1, sum(t.requires_grad for t in tensors((args, kwargs)))
-    if name in kinds.JOINS or (alone and whole == 1 and name in kinds.KEPT | kinds.PRODUCTS):
-        for value, move, still in zip(several(result), at(moved), at(rest), strict=True):
+    selects = name in kinds.SELECTING and whole == sum(1 for _ in tensors((args, kwargs)))
+    if (
+        selects or name in kinds.JOINS
+        or (alone and whole == 1 and name in kinds.KEPT | kinds.PRODUCTS)
+    ):  # fmt: skip
+        values = [t for t in several(result) if t.is_floating_point()]  # beside them, indices
+        take = selected if selects else at
+        for value, move, still in zip(values, take(moved), take(rest), strict=True):
             value.factor = Gate(value, move, still)  # type: ignore[attr-defined]
     elif alone and name in kinds.BENT:
         (gate,), (place,) = gates.values(), gates

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..inputs import UnsupportedLayerError
 from .layers import Collector, Embed, Key, Layer
 from .operations import Operation
+from .origins import Origins
 from .rules import Rule
 
 Size = int | Sequence[int]
@@ -22,6 +23,11 @@ class Forward(Protocol):
     """The forward pass under way, as these functions know it: ``trace.Propagation``."""
 
     collector: Collector
+    images: Tensor
+    origins: Origins
+    readers: list[str]
+    spreads: dict[int, tuple[torch.Size, int]]
+    number: int
     anchor: Tensor
     leaves: dict[Key, Tensor]
     made: dict[Any, str]
@@ -34,12 +40,24 @@ class Forward(Protocol):
     def half(self, x: Tensor) -> Tensor: ...
     def product(self, one: Tensor, other: Tensor) -> Tensor: ...
     def refuse(self, what: str, advice: str = "") -> UnsupportedLayerError: ...
+    def __torch_function__(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any: ...
 
 
 def _linear(mode: Forward, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dim() == 1:  # one unit
+        weight = computed_as(weight[None], weight)
+        bias = None if bias is None else bias[None]
+        return _linear(mode, input, weight, bias)[..., 0]
     if input.dim() == 1:  # one sample without an axis of its own
         return mode.layer(input[None], weight, bias, Operation())[0]
     return mode.layer(input, weight, bias, Operation())
+
+
+def computed_as(view: Tensor, weight: Tensor) -> Tensor:
+    """A view of a weight, with the mark of one that was computed where it has that."""
+    if hasattr(weight, "computed"):
+        view.computed = weight.computed  # type: ignore[attr-defined]
+    return view
 
 
 def _convolution(dims: int, transposed: bool) -> Callable[..., Tensor]:
@@ -52,19 +70,19 @@ def _convolution(dims: int, transposed: bool) -> Callable[..., Tensor]:
         stride: Size = 1, padding: Size | str = 0, dilation: Size = 1, groups: int = 1,
         output_padding: Size = 0,
     ) -> Tensor:  # fmt: skip
-        dilation = expand(dilation)
+        dilation, after = expand(dilation), (0,) * dims  # zeros behind the input
         if padding == "valid":
             padding = 0
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            if any(t % 2 for t in total):
-                input = F.pad(input, [p for t in reversed(total) for p in (0, t % 2)])
-            padding = [t // 2 for t in total]
+            padding, after = [t // 2 for t in total], tuple(t % 2 for t in total)
         assert not isinstance(padding, str)
         options = (
             expand(stride), expand(padding), dilation, transposed, expand(output_padding), groups,
         )  # fmt: skip
-        return mode.layer(input, weight, bias, Operation(options))
+        if input.dim() == dims + 1:  # one sample without an axis of its own
+            return mode.layer(input[None], weight, bias, Operation(options, after))[0]
+        return mode.layer(input, weight, bias, Operation(options, after))
 
     def transpose(
         mode: Forward, input: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -91,9 +109,9 @@ def look_up(mode: Forward, indices: Tensor, weight: Tensor, key: Key | None) -> 
     """Rows [..., width] of a weight, to which relevance returns."""
     layer = mode.use(indices, Operation(), Rule(), key)
     rows = Embed.apply(indices, mode.anchor, weight, layer)  # [..., width]
-    mode.made[rows.grad_fn] = key[0] if key else ""
-    if layer.layout is None:
-        rows.lookup = (indices, mode.anchor, weight, layer)
+    mode.made[rows.grad_fn] = name = key[0] if key else ""
+    mode.readers += [name] if mode.origins.raw(indices) else []
+    rows.looked, rows.lookup = (layer,), (indices, mode.anchor, weight, layer)
     return rows
 
 
@@ -105,26 +123,34 @@ def stored(mode: Forward, weight: Tensor, key: Key) -> Tensor:
     layer = Layer(Operation(), Rule(), mode.collector, key, None, stored=True)
     mode.collector.use(layer, every)
     value = Embed.apply(every, mode.anchor, weight, layer)  # like the weight
-    value.computed = True
+    value.computed = set()
     mode.leaves[key], mode.made[value.grad_fn] = value, key[0]
     return value
 
 
 def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     """Look rows that all samples share up once per sample where they are added to samples."""
-    shared = [i for i, t in enumerate(summands) if hasattr(t, "lookup")]
-    if not mode.collector.samplewise or len(shared) != 1 or len(summands) != 2:
+    looked = [t for t in summands if hasattr(t, "lookup")]
+    if not mode.collector.samplewise or not looked or len(summands) != 2:
         return summands
-    other = summands[1 - shared[0]]
+    shape = torch.broadcast_shapes(*(t.shape for t in summands))
+    number = mode.number = mode.number + 1
+    followed, count = mode.spreads.setdefault(number, (shape, len(mode.images)))
+    shared = [t for t in looked if t.lookup[3].layout is None]
+    if len(shared) != 1:
+        return summands
+    other = summands[0] if summands[1] is shared[0] else summands[1]
     if not getattr(other, "requires_grad", False) or hasattr(other, "computed"):
         return summands  # no sample's own
-    indices, anchor, weight, layer = summands[shared[0]].lookup
-    layer = replace(layer, layout=(0, False))
-    shape = torch.broadcast_shapes(*(t.shape for t in summands))
-    every = indices.expand(shape[:-1])  # [samples, positions]
-    rows = Embed.apply(every, anchor, weight, layer)  # [samples, positions, width]
+    indices, anchor, weight, layer = shared[0].lookup
+    every = indices.expand(shape[:-1])  # of samples and positions, whichever come first
+    ratio = len(mode.images) / count
+    sizes = enumerate(zip(followed[:-1], every.shape, strict=False))
+    axes = [axis for axis, (one, all_) in sizes if one == count and all_ == one * ratio]
+    layer = replace(layer, layout=(axes[0], False) if len(axes) == 1 else None)
+    rows = Embed.apply(every, anchor, weight, layer)  # [..., width]
     mode.made[rows.grad_fn] = layer.place[0]
-    return [rows if i in shared else t for i, t in enumerate(summands)]
+    return [rows if t is shared[0] else t for t in summands]
 
 
 def _attend(

@@ -59,7 +59,7 @@ class Collector(Protocol):
         return False
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """One use of a weight: what to do with the relevance that arrives there.
 
@@ -99,7 +99,8 @@ class Layer:
         if self.layout is None:
             raise UnsupportedLayerError(
                 f"relevance of {self.place[0]!r} cannot be told apart by sample, since its input "
-                "is shared or mixed; use aggregate='sum' or batch_size=1"
+                "is shared, mixed or not there for each; use aggregate='sum' or batch_size=1, or a "
+                "criterion by sums (lrp-epsilon)"
             )
         axis, fastest = self.layout
         t = t.movedim(axis, 0)  # [samples · positions, ...], or positions · samples if fastest
@@ -159,6 +160,8 @@ class Propagate(torch.autograd.Function):
         """Ordinary output; ``anchor`` only makes autograd record the call."""
         z = layer.operation(a, w, b)
         ctx.layer = layer
+        if not ctx.needs_input_grad[0]:  # memory of the forward's own, which it may use again
+            a = a.clone()
         ctx.save_for_backward(a, w, b, None if layer.rule.is_gradient(z.dtype) else z)
         return z
 

@@ -16,7 +16,7 @@ def _batch_norm(
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5, *args: Any,
 ) -> Tensor:  # fmt: skip
-    if (mean is None or training) and getattr(input, "computed", False):
+    if (mean is None or training) and hasattr(input, "computed"):
         dims = (0, *range(2, input.dim()))  # of a weight: weight standardisation
         shape = (1, -1, *[1] * (input.dim() - 2))
         weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
@@ -26,7 +26,8 @@ def _batch_norm(
     scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)  # [channels]
     shift = (0 if bias is None else bias) - mean * scale  # [channels]
     shape = (1, -1, *[1] * (input.dim() - 2))
-    return input * scale.view(shape) + shift.view(shape)
+    scaled = mode.__torch_function__(torch.mul, (), (input, scale.view(shape)), {})
+    return mode.__torch_function__(torch.add, (), (scaled, shift.view(shape)), {})
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float, centre: bool = True) -> Tensor:

@@ -1,7 +1,7 @@
 """Maps linear in input and weight: gradients, and weight relevance sample by sample."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -22,12 +22,22 @@ class Operation:
     ----------
     options : tuple
         ``(stride, padding, dilation, transposed, output_padding, groups)``.
+    after : tuple of int
+        Zeros behind the input along each spatial axis, besides the padding of both sides.
     """
 
     options: tuple = ()
+    after: tuple[int, ...] = ()
 
     def __call__(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return torch.convolution(a, w, b, *self.options) if self.options else F.linear(a, w, b)
+        if not self.options:
+            return F.linear(a, w, b)
+        return torch.convolution(self._padded(a), w, b, *self.options)
+
+    def _padded(self, a: Tensor) -> Tensor:
+        """The input with the zeros behind it."""
+        pads = [p for zeros in reversed(self.after) for p in (0, zeros)]
+        return F.pad(a, pads) if any(pads) else a
 
     def backward(
         self, s: Tensor, a: Tensor, w: Tensor, needs_input: bool, needs_weight: bool
@@ -36,7 +46,10 @@ class Operation:
         if self.options:
             mask = [needs_input, needs_weight, False]
             backward = torch.ops.aten.convolution_backward
-            return backward(s, a, w, None, *self.options, mask)[:2]
+            into, grad, _ = backward(s, self._padded(a), w, None, *self.options, mask)
+            if into is not None and into.shape != a.shape:
+                into = into[tuple(slice(n) for n in a.shape)]
+            return into, grad
         return (
             s @ w if needs_input else None,  # [..., inputs]
             s.flatten(0, -2).mT @ a.flatten(0, -2) if needs_weight else None,  # [outputs, inputs]
@@ -50,10 +63,11 @@ class Operation:
             return a.square().flatten(0, -2).sum(0)  # [inputs]
         if self.options[3]:
             return a.square().transpose(0, 1).flatten(1).sum(1).view(-1, *[1] * (w.dim() - 1))
+        a = self._padded(a)
         one = w[:: len(w) // self.options[-1]]  # one filter of each group: [groups, ...]
         positions = torch.convolution(a.to("meta"), one.to("meta"), None, *self.options)
         ones = torch.ones_like(positions, device=a.device)
-        _, sums = self.backward(ones, a.square(), one, False, True)
+        _, sums = replace(self, after=()).backward(ones, a.square(), one, False, True)
         assert sums is not None
         return sums.repeat_interleave(len(w) // len(one), 0)
 
@@ -77,7 +91,7 @@ class Operation:
         stride, padding, dilation, transposed, _, groups = self.options
         if transposed:
             s, a = a, s
-        patches = F.pad(a, [p for side in reversed(padding) for p in (side, side)])
+        patches = F.pad(self._padded(a), [p for side in reversed(padding) for p in (side, side)])
         for axis, (k, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
             patches = patches.unfold(axis, gap * (k - 1) + 1, step)[..., ::gap]
             patches = patches.narrow(axis, 0, s.shape[axis])
@@ -161,6 +175,8 @@ def find_samples(batch: Tensor, single: Tensor, samples: int, copies: int = 1) -
     """
     if samples == 1:
         return (0, False)
+    if not batch.numel() or not single.numel():
+        return None
     sizes = enumerate(zip(batch.shape, single.shape, strict=False))
     axis = next((d for d, (size, one) in sizes if copies * size == samples * one), None)
     if axis is None or single.shape[axis] % copies:

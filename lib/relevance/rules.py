@@ -32,13 +32,14 @@ class Rule:
         How ``p = s σ(x)``, the product (of numbers or of matrices) of a signal and a gate, shares
         its relevance. Gates are sigmoid, hard sigmoid (also as a cut of x plus a number),
         softplus, logsigmoid, and after a shift tanh, erf, softsign and atan, as in GELU written
-        out; and what elementwise and linear functions, products and joining, but not selection
-        (max, sort, max pooling), make of them, where it differs from zero at x = 0. ``shapley``:
-        signal and gate get the shares ``(σ(x) + σ(0)) / 2 σ(x)`` and ``(σ(x) - σ(0)) / 2 σ(x)``,
-        their Shapley values when absent ones are zero; this conserves relevance, and the modified
-        gradient at x is at most that at p times ``s / 8`` for a sigmoid. ``signal``: all goes to
-        the signal, so that layers that compute gates have no relevance. ``half``: one half to
-        each, as for products of any other activations; without bound where x is small.
+        out; and what elementwise and linear functions, products, joining and selection (max,
+        sort, max pooling) make of them, where it differs from zero at x = 0; not what layers of
+        scored weights make of them. ``shapley``: signal and gate get the shares
+        ``(σ(x) + σ(0)) / 2 σ(x)`` and ``(σ(x) - σ(0)) / 2 σ(x)``, their Shapley values when absent
+        ones are zero; this conserves relevance, and the modified gradient at x is at most that at
+        p times ``s / 8`` for a sigmoid. ``signal``: all goes to the signal, so that layers that
+        compute gates have no relevance. ``half``: one half to each, as for products of any other
+        activations; without bound where x is small.
     low, high : float or tuple of float, optional
         Bounds of the images for ``box``, one number or one per channel; by default the least and
         greatest value of the images given.

@@ -10,14 +10,16 @@ from torch.overrides import TorchFunctionMode
 
 from ..inputs import UnsupportedLayerError, full_precision, tensors
 from . import kinds
-from .changes import Changes, out_of_place
-from .factors import Held, Multiply, Normaliser, activated, hand_on, shared, shifted, swap
-from .functions import LAYERS, spread
+from .changes import Changes, is_inplace, out_of_place
+from .factors import Multiply, Normaliser, hand_on, shared
+from .functions import LAYERS
 from .layers import Collector, Key, Layer, Propagate
 from .norms import NORMALISATIONS
 from .operations import Operation
+from .origins import Origins
+from .passing import passed
 from .rules import DIRECT, Chooser, Rule
-from .weights import computed, place, refusal, used
+from .weights import computed, multiplies, place, straightened, used
 
 
 class Propagation(TorchFunctionMode):
@@ -44,6 +46,12 @@ class Propagation(TorchFunctionMode):
         Each step of its graph that brings relevance to a scored weight -> the weight's name.
     held : list of Tensor
         What a rule takes for a constant.
+    readers : list of str
+        Paths of the layers that read the images.
+    shares : bool
+        Whether images are multiplied by activations, so that they have to take their share.
+    spreads : dict
+        Shape of each sum of looked-up rows and activations in the first pass, and its images.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class Propagation(TorchFunctionMode):
         own = (p for p in model.parameters() if id(p) not in names)
         self.fixed = {t.untyped_storage().data_ptr() for t in (*model.buffers(), *own)}
         self.running = False
+        self.spreads: dict[int, tuple[torch.Size, int]] = {}
         self._forget()
         for path, module in model.named_modules():
             self.path.append(path)
@@ -77,12 +86,16 @@ class Propagation(TorchFunctionMode):
         self.made: dict[Any, str] = {}
         self.held: list[Tensor] = []
         self.changes = Changes(self.vouch, self.refuse)
+        self.origins = Origins(self.fixed)
+        self.readers: list[str] = []
+        self.shares, self.number = False, 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, connected to the images and to the collector."""
         self._forget()
         self.recording = torch.is_grad_enabled()
-        self.running = True
+        self.running, self.images = True, images
+        self.origins.read(images)
         try:
             with self:
                 return self.model(images)
@@ -111,7 +124,15 @@ class Propagation(TorchFunctionMode):
             if t.grad_fn is not None and t.grad_fn not in self.vouched and not self.ordinary:
                 raise self.refuse(
                     f"a gradient of its own ({type(t.grad_fn).__name__})",
-                    "replace compiled code and custom autograd functions by torch's functions",
+                    "replace compiled code and custom autograd functions by torch's functions, and "
+                    "keep no activations of one pass for the next",
+                )
+            if t.grad_fn is None and not (self.ordinary or self.origins.raw(t)):
+                raise self.refuse(
+                    f"a tensor {list(t.shape)} that requires gradients and is no parameter of the "
+                    "model",
+                    "register it (nn.Parameter, nn.ModuleList, register_buffer), or detach it; a "
+                    "hook reads it from the module that it is given",
                 )
         return tracked
 
@@ -132,8 +153,12 @@ class Propagation(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         name = "item" if name in kinds.NUMBERS else name
         name = (func.__self__.__name__ if name == "__get__" else name).strip("_")
-        if name in kinds.UNSEEN or not any(True for _ in tensors((args, kwargs))):
-            return func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
+        if name in kinds.UNSEEN:
+            return func(*args, **kwargs)
+        if not any(True for _ in tensors((args, kwargs))):
+            result = func(*args, **kwargs)  # it may switch gradients or autocast: nothing around it
+            self.origins.note((), result)
+            return result
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors((args, kwargs))):
             raise self.refuse(f"{name!r} inside torch.func", "write vmap or grad out as a loop")
         with ExitStack() as stack:
@@ -156,6 +181,11 @@ class Propagation(TorchFunctionMode):
             if name not in LAYERS:
                 made_of = [t for t in tensors((args, kwargs)) if t.requires_grad]
                 result = computed(result, made_of) if made_of else result
+                if not scored:
+                    target = args[:1] if is_inplace(func) else ()
+                    read = () if name in kinds.CONSTANTS else (args, kwargs)
+                    read = args[:1] if name in kinds.LIKE | {"to"} else read
+                    self.origins.note(read, (result, target))
             return self.vouch(result)
 
     def vouch(self, result: Any) -> Any:
@@ -171,86 +201,27 @@ class Propagation(TorchFunctionMode):
         if self.ordinary or not tracked or name in kinds.CONSTANTS:
             return func(*args, **kwargs)
         func, args, kwargs, target = out_of_place(func, name, args, kwargs)
-        result = self._propagate(func, name, len(tracked), args, kwargs)
+        result = passed(self, func, name, len(tracked), args, kwargs)
         if target is not None:
             self.changes.note(target, result)
         if any(hasattr(t, "factor") for t in tracked):
             hand_on(func, name, args, kwargs, result)
         return result
 
-    def _propagate(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Any:
-        if name in kinds.FUSED:
-            product, scale = kinds.FUSED[name]
-            count = _tracked(args[1:])
-            term = (
-                self._propagate(product, product.__name__, count, args[1:], {})
-                if count else product(*args[1:])
-            )  # fmt: skip
-            return args[0] * kwargs.get("beta", 1) + term * kwargs.get(scale, 1)
-        constant = name in kinds.QUOTIENTS and not _tracked(args[:1])
-        power = name == "pow" and not _tracked(args[1:])  # of an activation to a constant
-        constant |= power and not bool((torch.as_tensor(args[1]) > 0).all())
-        if constant or name in kinds.RECIPROCALS:
-            return self._reciprocal(func, name, args, kwargs)
-        if name in kinds.FIRST and _tracked((args[1:], kwargs)):
-            raise self.refuse(f"{name!r} of more than one activation", kinds.ADVICE[name])
-        bound = name in kinds.BOUNDS and tracked > 1  # an activation itself: as in minimum
-        if power or (name in kinds.ELEMENTWISE and not bound):
-            with torch.no_grad():
-                out = func(*args, **kwargs)
-            return activated(out, name, func, args, kwargs)
-        if name in ("add", "radd"):
-            args = spread(self, args)
-            return shifted(func(*args, **kwargs), args, kwargs)
-        if name in kinds.GRADIENT or bound:
-            return func(*args, **kwargs)
-        if name == "var":  # of degree two: its gradient would bring twice its relevance
-            return self.half(func(*args, **kwargs))
-        if name in kinds.QUOTIENTS and kwargs.get("rounding_mode") is None:
-            self.held += [t for t in args[1:2] if isinstance(t, Tensor)]
-            divisor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
-            return func(args[0], divisor, *args[2:], **kwargs)
-        if name in kinds.PRODUCTS:
-            return self._product(func, name, tracked, args, kwargs)
-        result = None if name in ("item", "tolist", "numpy") else func(*args, **kwargs)
-        if result is not None and not any(t.is_floating_point() for t in tensors(result)):
-            return result
-        raise self.refuse(f"{name!r}", kinds.ADVICE.get(name, ""))
-
-    def _product(self, func: Callable, name: str, tracked: int, args: Any, kwargs: dict) -> Tensor:
-        if tracked > 2:
-            raise self.refuse(f"a product of {tracked} activations")
-        weights = [t for t in tensors((args, kwargs)) if hasattr(t, "computed")]
-        if tracked < 2 or len(weights) == 1:  # linear in the activation, as a layer is
-            return func(*args, **kwargs)
-        one, other = (t for t in tensors((args, kwargs)) if t.requires_grad)
-        if one is other:
-            return self.half(func(*args, **kwargs))
-        return self.product(one, other, swap(func, args, kwargs, one, other))
-
-    def _reciprocal(self, func: Callable, name: str, args: Any, kwargs: dict) -> Tensor:
-        with torch.no_grad():
-            out = func(*args, **kwargs)
-        x = next(t for t in tensors((args, kwargs)) if t.requires_grad)
-        error = self.refuse(
-            f"the reciprocal of an activation ({name!r}) that is no factor of another one",
-            "multiply the activation that it normalises by it, or divide that one",
-        )
-        result = Held.apply(x, out, error)
-        result.factor = Normaliser()
-        return result
-
     def layer(
         self, a: Tensor, w: Tensor, b: Tensor | None, operation: Operation, key: Key | None = None
     ) -> Tensor:
         """Output of a linear map of known weight, or of a constant."""
+        w = straightened(self, w)
         key = key or self.key(w)
         path = key[0].rpartition(".")[0] if key else self.path[-1]
-        rule = self.choose(path, bool(operation.options), not self.visited)
-        if rule.name in DIRECT and self.visited.keys() - {path}:
+        first = self.origins.raw(a)
+        rule = self.choose(path, bool(operation.options), first)
+        if rule.name in DIRECT and not first:
             raise ValueError(
                 f"rule {rule.name!r} is for the layer that reads the images, not {path!r}"
             )
+        self.readers += [path] if first else []
         layer = self.use(a, operation, rule, key, path)
         active = b is not None and b.requires_grad  # an activation: one more term of the sum
         result = Propagate.apply(a, self.anchor, w, None if active else b, layer)
@@ -269,14 +240,15 @@ class Propagation(TorchFunctionMode):
     def key(self, w: Tensor) -> Key | None:
         """Where the relevance of a weight is collected; None for constants."""
         if at := place(self, w):
-            if at[1]:
-                raise refusal(self, at[0], "linear, transposed")
             return at[0]
-        if hasattr(w, "computed") or w.untyped_storage().data_ptr() in self.fixed:
+        if hasattr(w, "computed"):
+            multiplies(w)
+            return None
+        if self.origins.constant(w):
             return None
         raise self.refuse(
-            "a weight computed in the forward pass",
-            "make it a parameter (torch.nn.utils.parametrize.remove_parametrizations)",
+            "a weight that is computed from the images, or that the model holds as a plain tensor",
+            "make it a parameter of a layer, or a buffer if it is a constant",
         )
 
     def product(self, one: Tensor, other: Tensor, multiply: Multiply = torch.mul) -> Tensor:
@@ -289,7 +261,3 @@ class Propagation(TorchFunctionMode):
         how = self.choose(self.path[-1] if self.path else "", False, False).gate
         product = None if self.ordinary else shared(one, other, how, multiply)
         return self.half(multiply(one, other)) if product is None else product
-
-
-def _tracked(values: Any) -> int:
-    return sum(t.requires_grad for t in tensors(values))

@@ -30,7 +30,6 @@ class Following(Forward, Protocol):
 
     def vouch(self, result: Any) -> Any: ...
     def applied(self, func: Callable, name: str, args: Any, kwargs: dict) -> Any: ...
-    def __torch_function__(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any: ...
 
 
 def place(mode: Following, value: Any) -> tuple[Key, bool] | None:
@@ -93,11 +92,34 @@ def used(mode: Following, func: Callable, name: str, args: tuple, kwargs: dict) 
 
 
 def computed(result: Any, of: Any = ()) -> Any:
-    """The same, marked as computed from weights if all that it was made of is."""
-    if all(hasattr(t, "computed") for t in tensors(of) if t.requires_grad):
+    """The same, marked as computed from weights if all that it was made of is.
+
+    The mark holds the look-ups that have a part in it.
+    """
+    parts: list[Any] = [t for t in tensors(of) if t.requires_grad]
+    if all(hasattr(t, "computed") for t in parts):
         for tensor in tensors(result):
-            tensor.computed = True  # type: ignore[attr-defined]
+            own = getattr(tensor, "looked", ())
+            tensor.computed = {  # type: ignore[attr-defined]
+                *own,
+                *(layer for t in parts for layer in t.computed),
+            }
     return result
+
+
+def multiplies(weight: Any) -> None:
+    """A computed weight multiplies activations: what was looked up for it is no row of them."""
+    for layer in weight.computed:
+        layer.stored = True
+
+
+def straightened(mode: Following, weight: Tensor) -> Tensor:
+    """A scored weight that a layer reads transposed: one that is computed from it."""
+    at = place(mode, weight)
+    if at is None or not at[1]:
+        return weight
+    value = stored(mode, weight.mT, at[0])
+    return mode.vouch(computed(value.mT, value))
 
 
 def _product(mode: Following, name: str, args: tuple, kwargs: dict) -> Tensor | None:

@@ -190,17 +190,19 @@ def files_table(results: Path) -> str:
         seeds = part["seed"].nunique()
         base = text(part.groupby("seed")["base_test_accuracy"].first(), 2, " %")
         float32 = f"{floats:,.0f} kB as float32{_stored(results, dataset, model)}, {base}"
-        told = {recipe: _file(rows) for recipe, rows in part.groupby("recipe")}
+        told = {recipe: _file(rows, seeds) for recipe, rows in part.groupby("recipe")}
         column = [float32, *(told.get(recipe, "–") for recipe in recipes)]
         columns[f"{dataset}-{model}, {seeds} seed{'s' if seeds > 1 else ''}"] = column
     return markdown(pd.DataFrame(columns))
 
 
-def _file(rows: pd.DataFrame) -> str:
-    """Size and accuracy of a recipe's files, marked where some seed loses more."""
+def _file(rows: pd.DataFrame, seeds: int) -> str:
+    """Size and accuracy of a recipe's files, marked where some seed loses more, or did not run."""
     size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
     mark = "" if rows["reached"].all() else " †"
-    return f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}"
+    ran = sorted(rows["seed"].unique())
+    some = f" (seed{'s' * (len(ran) > 1)} {', '.join(map(str, ran))})" if len(ran) < seeds else ""
+    return f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}{some}"
 
 
 def _stored(results: Path, dataset: str, model: str) -> str:

@@ -100,12 +100,15 @@ def test_networks_of_one_seed_or_of_few_bits_are_called_so(tmp_path):
     assert cells(head)[3:5] == list(heads.values())
 
 
-def test_one_seed_that_misses_the_accuracy_is_marked(tmp_path):
+def test_one_seed_that_misses_the_accuracy_or_did_not_run_is_marked(tmp_path):
     row = {"dataset": "a", "model": "x", "recipe": "random", "file_bytes": 1000, "ratio": 4.0,
            "test_accuracy": 90.0, "base_test_accuracy": 91.0}  # fmt: skip
     seeds = [row | {"seed": seed, "reached": seed != 1} for seed in range(3)]
     pd.DataFrame(seeds).to_csv(tmp_path / "headline-smallest.csv")
-    assert cells(publish.files_table(tmp_path).splitlines()[-1])[1].endswith(" †")
+    more = pd.DataFrame(seeds[:2]).assign(recipe="lrp root", reached=True)
+    pd.concat([pd.DataFrame(seeds), more]).to_csv(tmp_path / "headline-smallest.csv")
+    few, whole = (cells(line)[1] for line in publish.files_table(tmp_path).splitlines()[-2:])
+    assert whole.endswith(" †") and few.endswith(" (seeds 0, 1)")
 
 
 def test_what_reproduce_prints_at_its_end_fits_twelve_lines():
