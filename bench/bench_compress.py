@@ -88,8 +88,11 @@ def main():
         rows.append(json.loads(done.stdout))
         print(pd.DataFrame(rows).to_string(index=False), flush=True)
     table = pd.DataFrame(rows).assign(**{k: str(v) for k, v in provenance(start).items()})
+    if OUTPUT.exists():  # rows of other networks stay, each with where it was measured
+        before = pd.read_csv(OUTPUT)
+        table = pd.concat([before[~before["model"].isin(table["model"])], table])
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(OUTPUT, index=False)
+    table.sort_values("model").to_csv(OUTPUT, index=False)
 
 
 if __name__ == "__main__":
