@@ -58,9 +58,10 @@ def _by_gradient(model, x, y):
     """Weight x gradient of the true logits: relevance of linear and ReLU layers without biases."""
     model = copy.deepcopy(model)
     model(x.clone()).gather(1, y[:, None]).sum().backward()
-    names = dict(model.named_parameters())
-    zeros = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in names.items()}
-    return {name: (p * zeros[name]).detach() for name, p in names.items()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else (p * p.grad).detach()
+        for name, p in model.named_parameters()
+    }
 
 
 def _check(model, x, y, **how):
@@ -178,8 +179,9 @@ def test_attention_over_images_by_hand_is_that_of_torch():
     def of_torch(m, x):
         return m.last(F.scaled_dot_product_attention(m.a(x), m.b(x), x).mean(1))
 
+    last = nn.Linear(8, 3)
     found = [
-        weight_relevance(_net(way, last=nn.Linear(8, 3)), images, torch.arange(6) % 3)
+        weight_relevance(_net(way, last=copy.deepcopy(last)), images, torch.arange(6) % 3)
         for way in (by_hand, of_torch)
     ]
     torch.testing.assert_close(*found)
