@@ -1,7 +1,5 @@
 """What a result should be told with: sizes it is compared with, and warnings."""
 
-import warnings
-
 from torch import Tensor, nn
 
 from .codec import Compressed, identity
@@ -9,6 +7,7 @@ from .codes import Codes
 from .finetune import evaluate
 from .inputs import copied, tensors_of
 from .prune import Removed
+from .warning import warn
 
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
 SMALLEST, LARGEST = 1e-5, 1e6  # of a layer's largest weight, in 16 to 127 steps of float16
@@ -37,10 +36,9 @@ def warn_of_unscored(removed: Removed, result: Compressed) -> None:
     total = result.nbytes
     if sum(sizes.values()) >= UNSCORED * total:
         parts = [f"{owner}: {size / total:.0%} of the file" for owner, size in sizes.items()]
-        warnings.warn(
+        warn(
             "weights that no rule scores are stored as they are, neither pruned nor quantized: "
             + ", ".join(parts),
-            stacklevel=4,
         )
 
 
@@ -54,10 +52,9 @@ def warn_of_sizes(removed: Removed) -> None:
     }
     for how, names in outside.items():
         if names:
-            warnings.warn(
+            warn(
                 f"weights of {', '.join(names)} are {how}, which steps in float16 cannot hold: "
                 "multiply them by a constant, and divide their layer's outputs by it",
-                stacklevel=4,
             )
 
 
@@ -70,11 +67,10 @@ def warn_of_emptied(removed: Removed, result: Compressed) -> None:
         if isinstance(entry, Codes) and before.any() and not entry.decode().any():
             emptied.append(repr(name))
     if emptied:
-        warnings.warn(
+        warn(
             f"no weight of {', '.join(emptied)} is left: little or no relevance reaches them. It "
             "never does where a layer's outputs act only as a divisor or through a comparison or "
             "an index; if these do, take a recipe without relevance (recipe='uniform')",
-            stacklevel=4,
         )
 
 
@@ -84,14 +80,12 @@ def warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels:
     after = evaluate(result.to_model(model), images, labels)
     chance = 100 * float(labels.bincount().max()) / len(labels)
     if before <= chance + LOST / 2 < 100:
-        warnings.warn(
+        warn(
             f"the model itself is near chance on the reference images ({before:.1f} %): are they "
             "normalised as in training, and the labels in its order?",
-            stacklevel=4,
         )
     elif before - after > LOST:
-        warnings.warn(
+        warn(
             f"compression took the accuracy on the reference images from {before:.1f} to "
             f"{after:.1f} %: take a gentler recipe or a larger budget",
-            stacklevel=4,
         )

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .inputs import UnsupportedLayerError, probed, tensors
+from .inputs import UnsupportedLayerError, memory, probed, tensors
 
 ALONE = 4  # images of which each is run by itself, too
 WEIGHT_HOOKS = {  # what they leave as a plain attribute cannot be copied, nor told from a weight
@@ -173,16 +173,13 @@ class _Reading(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         held = (*model.named_parameters(), *model.named_buffers())
-        self.names = {value.untyped_storage()._cdata: name for name, value in held}
+        self.names = {memory(value): name for name, value in held}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         for tensor in tensors((args, kwargs or {})):
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            if wrapped or tensor.layout != torch.strided:
-                continue  # without a memory that could be the model's
-            if name := self.names.get(tensor.untyped_storage()._cdata):
+            if name := self.names.get(memory(tensor)):
                 raise UnsupportedLayerError(
                     f"a copy of the model reads {name!r} of the model itself: some function or "
                     "hook holds on to the model; write it as a method, or let it read from the "

@@ -175,6 +175,16 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+def memory(tensor: Tensor) -> int | None:
+    """Identity of the memory that a tensor lies in, as long as somebody holds it.
+
+    None where it has none of its own (sparse, or wrapped by torch.func).
+    """
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return tensor.untyped_storage()._cdata
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Its state_dict, without what modules add to it that is no tensor (extra state)."""
     return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}

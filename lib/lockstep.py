@@ -113,7 +113,7 @@ class _Probe(TorchFunctionMode):
 
 
 def change_in_order(
-    dense: nn.Module, network: nn.Module, images: Tensor, names: set[str], change: Change
+    dense: nn.Module, network: nn.Module, images: Tensor, route: Plan, change: Change
 ) -> None:
     """Change layer after layer of a network in place, inputs as changed so far.
 
@@ -123,18 +123,16 @@ def change_in_order(
         What the network should compute, of the same architecture. Both run in evaluation mode.
     images : Tensor
         Reference images [N, ...], all at once.
-    names : set of str
-        Paths of the layers to change; of those that the plan knows.
+    route : Plan
+        The layers to change, each of which both call once.
     change : callable
         ``(path, layer, inputs, output, target)``: changes the layer in place. ``output`` is what
         it gives at present, ``target`` what it should give, both shaped alike.
     """
-    route = plan(network, images)
-    names = names & set(route.layers)
     network.eval()
-    with _Dense(dense, images, names, route.branch_ends).started() as targets:
+    with _Dense(dense, images, route).started() as targets:
         run = _Changing(route.branch_ends, targets, change)
-        with torch.no_grad(), hooked(network, names, run.layer), run:
+        with torch.no_grad(), hooked(network, route.layers, run.layer), run:
             network(own(images, network))
 
 
@@ -193,9 +191,9 @@ class _Changing(_Watch):
 class _Dense(_Watch):
     """The first network's pass, in a thread that waits until each output is asked for."""
 
-    def __init__(self, dense: nn.Module, images: Tensor, names: set[str], branch_ends: set[str]):
-        super().__init__(branch_ends)
-        self.model, self.images, self.names = copy.deepcopy(dense).eval(), images, names
+    def __init__(self, dense: nn.Module, images: Tensor, route: Plan):
+        super().__init__(route.branch_ends)
+        self.model, self.images, self.names = copy.deepcopy(dense).eval(), images, route.layers
         self.queue: queue.Queue = queue.Queue(maxsize=1)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)

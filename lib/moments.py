@@ -1,7 +1,6 @@
 """Second moments of what layers read, for the layers of ``lib.linear``."""
 
 import copy
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +10,7 @@ from .attention import opened
 from .checks import check_images
 from .linear import Layer, Place, Projection, bias_of, layers_of, watch
 from .patches import gram
+from .warning import warn
 
 FEW = 10  # images below which their covariance alone is not trusted
 STEADY = 1e-4  # share of variance in the second moment below which an input hardly varies
@@ -160,10 +160,9 @@ def warn_of(names: list[str], images: int) -> None:
     """Warn that images tell too little of what these layers read."""
     layers = ", ".join(repr(name or "the model itself") for name in names[:8])
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    warnings.warn(
+    warn(
         f"{images} reference image{'s' if images != 1 else ''} cannot tell how the inputs of "
         f"{layers}{more} vary; their weights are stored as if they varied by their own size, and "
         "may fit these images alone: give 20 to 50 different images of each class, unless these "
         "inputs are constant by design",
-        stacklevel=2,
     )

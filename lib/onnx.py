@@ -22,6 +22,7 @@ from .files import write_bytes
 from .fold import fold_batchnorm
 from .inputs import split
 from .onnx_int8 import quantize
+from .warning import warn
 
 OPSET = 17  # the newest that torch's exporter writes without further packages
 TOLERANCE = 1e-4  # between float file and model, relative where outputs exceed one
@@ -186,11 +187,10 @@ def _warn_if_far(found: Tensor, expected: Tensor) -> None:
     """Warn where eight bits change the outputs by much of their size."""
     difference = float((found - expected).norm() / expected.norm())
     if not difference < FAR:
-        warnings.warn(
+        warn(
             f"the 8 bit file's outputs differ by {difference:.0%} of their size from the "
             "network's: some activation has too wide a range for 8 bits (a mask of large negative "
             "numbers?); measure its accuracy with run_onnx, or write float32 (int8=False)",
-            stacklevel=3,
         )
 
 

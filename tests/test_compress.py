@@ -221,3 +221,27 @@ def test_the_model_may_be_in_training_mode_and_stays_as_it_is(trained, reference
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Parallel(nn.Module):
+    """One layer is called twice, another through its weight, a third reads a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.aside, self.still, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.twice(self.twice(self.first(x)).relu())
+        return self.last(h + h @ self.aside.weight.T + self.still(torch.ones_like(h)))
+
+
+@pytest.mark.parametrize("recipe", ["lrp-sequential", "lrp-rd", "lrp-gradual-rd"])
+def test_warnings_point_at_the_line_that_asked(recipe):
+    torch.manual_seed(0)
+    images, labels = torch.randn(30, 8), torch.arange(30) % 3
+    with pytest.warns(UserWarning) as seen:
+        compress(Parallel().eval(), images, labels, recipe, bits=10)
+    said = " ".join(str(warning.message) for warning in seen)
+    assert "eight bits at any price" in said and "cannot tell how the inputs" in said
+    assert {warning.filename for warning in seen} == {__file__}

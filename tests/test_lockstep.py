@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.fold import fold_batchnorm
 from lib.inputs import UnsupportedLayerError
-from lib.lockstep import change_in_order, plan
+from lib.lockstep import Plan, change_in_order, plan
 from study.networks import build
 
 
@@ -66,7 +66,7 @@ def test_the_larger_of_two_branches_takes_back_the_drift_of_the_other(how):
         with torch.no_grad():
             layer.weight *= 1.01
 
-    change_in_order(dense, network, images, set(route.layers), change)
+    change_in_order(dense, network, images, route, change)
     assert [name for name, *_ in seen] == ["first", "small", "large", "last"]
     a = dense.first(images)
     torch.testing.assert_close(seen[0][2], a)
@@ -119,7 +119,7 @@ def test_an_output_that_is_changed_in_place_ends_no_branch(act):
     dense, images = Block().eval(), torch.randn(4, 2, 3, 3)
     assert plan(dense, images).branch_ends == set()
     network = copy.deepcopy(dense)
-    change_in_order(dense, network, images, {"stem", "inner", "last"}, lambda *_: None)
+    change_in_order(dense, network, images, plan(network, images), lambda *_: None)
     with torch.no_grad():
         torch.testing.assert_close(network(images), dense(images))
 
@@ -154,11 +154,7 @@ def test_layers_called_twice_are_left_as_they_are():
         def forward(self, x):
             return self.last(self.shared(self.shared(x)))
 
-    model, names = Twice().eval(), []
-    assert plan(model, torch.randn(2, 4)).layers == ["last"]
-    change_in_order(model, model, torch.randn(2, 4), {"shared", "last"},
-                    lambda name, *rest: names.append(name))  # fmt: skip
-    assert names == ["last"]
+    assert plan(Twice().eval(), torch.randn(2, 4)).layers == ["last"]
 
 
 def test_errors_of_either_pass_are_raised_and_no_thread_stays():
@@ -179,11 +175,11 @@ def test_errors_of_either_pass_are_raised_and_no_thread_stays():
     def fail(*arguments):
         raise KeyError("stop")
 
-    images = torch.randn(5, 4)
+    images, both = torch.randn(5, 4), Plan(["one", "two"], set())
     with pytest.raises(RuntimeError, match="too many"):
-        change_in_order(Odd(2).eval(), Odd(9).eval(), images, {"one", "two"}, keep)
+        change_in_order(Odd(2).eval(), Odd(9).eval(), images, both, keep)
     with pytest.raises(KeyError, match="stop"):
-        change_in_order(Odd(9).eval(), Odd(9).eval(), images, {"one", "two"}, fail)
+        change_in_order(Odd(9).eval(), Odd(9).eval(), images, both, fail)
     assert threading.active_count() == 1 or all(
         thread.daemon is False or thread is threading.main_thread()
         for thread in threading.enumerate()
@@ -200,10 +196,10 @@ def test_the_dense_network_stays_as_it_is():
         layer.weight.zero_()
 
     network = fold_batchnorm(dense)
-    names = set(plan(network, torch.randn(2, 1, 28, 28)).layers)
-    change_in_order(folded, network, torch.randn(4, 1, 28, 28), names, change)
-    assert all((network.get_submodule(name).weight == 0).all() for name in names)
-    assert all((folded.get_submodule(name).weight != 0).any() for name in names)
+    route = plan(network, torch.randn(2, 1, 28, 28))
+    change_in_order(folded, network, torch.randn(4, 1, 28, 28), route, change)
+    assert all((network.get_submodule(name).weight == 0).all() for name in route.layers)
+    assert all((folded.get_submodule(name).weight != 0).any() for name in route.layers)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
@@ -222,6 +218,6 @@ class Parting(nn.Module):
 
 
 def test_networks_that_part_are_refused():
-    names, images = {"first", "one", "two", "last"}, torch.randn(4, 4)
+    route, images = Plan(["first", "one", "two", "last"], set()), torch.randn(4, 4)
     with pytest.raises(UnsupportedLayerError, match="which images 'one' reads depends.*lrp-rd"):
-        change_in_order(Parting(100).eval(), Parting(-100).eval(), images, names, lambda *_: None)
+        change_in_order(Parting(100).eval(), Parting(-100).eval(), images, route, lambda *_: None)

@@ -202,8 +202,8 @@ def test_layers_that_do_not_run_have_no_relevance(aggregate):
 
 FLOORS = (
     *("kinds", "rules", "operations", "samples", "layers", "factors", "origins", "functions"),
-    *("norms", "weights", "changes", "passing", "trace", "collectors", "collect", "deeplift"),
-    "__init__",
+    *("norms", "weights", "changes", "passing", "trace", "collectors", "saved", "collect"),
+    *("deeplift", "__init__"),
 )
 ABOVE = ("fold", "inputs", "checks", "dense", "fields")
 

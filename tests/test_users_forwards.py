@@ -289,6 +289,93 @@ def test_samples_are_found_where_time_comes_first():
         torch.testing.assert_close(*both)
 
 
+def _pairs(x):
+    """Every image is followed by itself in a mirror."""
+    return torch.stack([x, x.flip(1)], 1).flatten(0, 1)[: len(x)]
+
+
+SETS = {
+    "mirrored pairs": _pairs,
+    "blank at first": lambda x: torch.cat([torch.ones_like(x[:5]), x[5:]]),
+    "blank in the middle": lambda x: torch.cat([x[:5], torch.ones_like(x[:5]), x[10:]]),
+}
+SPREAD = {  # two views of each image as rows, and their mean
+    "behind each other": (
+        lambda x: torch.cat([x, x.flip(1)]), lambda rows: rows.unflatten(0, (2, -1)).mean(0)
+    ),
+    "side by side": (
+        lambda x: torch.stack([x, x.flip(1)], 1).flatten(0, 1),
+        lambda rows: rows.unflatten(0, (-1, 2)).mean(1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("aggregate", ["abs", "rms"])
+@pytest.mark.parametrize("images", SETS)
+@pytest.mark.parametrize("spread", SPREAD)
+def test_samples_are_found_whatever_the_images(spread, images, aggregate):
+    views, mean = SPREAD[spread]
+    model = _net(lambda m, x: m.d(mean(m.c(m.a(views(x)).relu()).relu())))
+    x, y = _data()
+    together, apart = (
+        weight_relevance(model, SETS[images](x), y, aggregate=aggregate, batch_size=size)
+        for size in (16, 1)
+    )
+    torch.testing.assert_close(together, apart)
+
+
+def test_samples_that_nothing_tells_apart_are_refused():
+    x, y = torch.ones(24, 8).double(), torch.arange(24) % 3
+    model = _net(lambda m, x: m.d(m.a(torch.cat([x, x])).relu().unflatten(0, (2, -1)).sum(0)))
+    with pytest.raises(UnsupportedLayerError, match="'a.weight' cannot be told apart by sample"):
+        weight_relevance(model, x, y, aggregate="abs")
+    _check(model, x, y)
+    weight_relevance(model, x, y, aggregate="abs", batch_size=1)
+
+
+def _halved(values):
+    def forward(m, x):
+        h = m.c(m.a(x).relu()).relu()
+        values(m.c.weight)[:] /= 2
+        h = m.c(h).relu()
+        values(m.c.weight)[:] *= 2
+        return m.d(h)
+
+    return forward
+
+
+def _doubled_at_first(m, x):
+    m.c.weight.data.mul_(2)
+    h = m.c(m.a(x).relu()).relu()
+    m.c.weight.data.div_(2)
+    return m.d(h)
+
+
+def _another_norm(m, x):
+    h = m.norm(m.a(x)).relu()
+    m.norm.weight.data.add_(1)
+    h = m.norm(m.c(h)).relu()
+    m.norm.weight.data.sub_(1)
+    return m.d(h)
+
+
+WEIGHT = "'c.weight' changes during the forward pass"
+CHANGED = {
+    "a weight, by data": (_halved(lambda weight: weight.data), WEIGHT),
+    "a weight, by numpy": (_halved(lambda weight: weight.detach().numpy()), WEIGHT),
+    "a weight, before its one use": (_doubled_at_first, WEIGHT),
+    "a norm": (_another_norm, "'norm.weight' changes during the forward pass"),
+}
+
+
+@pytest.mark.parametrize("way", CHANGED)
+def test_what_changes_after_it_was_used_unseen_by_torch_is_refused(way):
+    forward, said = CHANGED[way]
+    for call in (weight_relevance, unit_sensitivity):
+        with pytest.raises(UnsupportedLayerError, match=said):
+            call(_net(forward, norm=nn.LayerNorm(6)), *_data())
+
+
 REUSED = {
     "copy_": lambda buffer, values: buffer.copy_(values),
     "an index": lambda buffer, values: buffer.__setitem__(slice(None), values),

@@ -1,7 +1,6 @@
 """Rate–distortion choice of codes: relevance-weighted damage against bits, errors compensated."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +16,7 @@ from ..moments import input_moments
 from ..progress import each
 from ..prune import Removed
 from ..score import By, criterion
+from ..warning import warn
 from .columns import code_columns, code_lengths
 from .quantizer import Quantizer
 from .sizes import SAMPLE, Problem, Sample, step_of
@@ -108,11 +108,10 @@ def warn_of_others(names: Iterable[str], masks: dict[str, Tensor]) -> None:
     names = sorted(names)
     share = sum(masks[name].numel() for name in names) / sum(m.numel() for m in masks.values())
     if share > OTHERS:
-        warnings.warn(
+        warn(
             f"{share:.0%} of the weights take eight bits at any price, since what reads them is "
             f"not known: {', '.join(map(repr, names))}. Their layers do not run, run twice or for "
             "some images only, or are not called: layer(x), not F.linear(x, layer.weight)",
-            stacklevel=2,
         )
 
 

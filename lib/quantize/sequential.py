@@ -15,7 +15,7 @@ from ..attention import opened, views_of
 from ..codes import Codes, check, halved
 from ..leastsquares import equations
 from ..linear import Layer, Place, Projection, View, bias_of, layers_of, watch
-from ..lockstep import change_in_order, plan
+from ..lockstep import Plan, change_in_order, plan
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
@@ -71,7 +71,8 @@ class Sequential(RateDistortion):
         """Weights of the units and the unit of damage; moments follow layer by layer."""
         units = criterion(self.by).units(removed.network, images, labels)
         damage = _damage(removed.network, images, units)
-        return Problem({}, units, damage, views_of(removed.network))
+        route = plan(opened(removed.network), images)
+        return Problem({}, units, damage, views_of(removed.network), route)
 
     def expected(
         self, removed: Removed, prepared: Problem, images: Tensor
@@ -91,7 +92,8 @@ class Sequential(RateDistortion):
         codes: dict[str, dict[int, Codes]] = {}  # of each weight, by the first of their rows
         weak: list[str] = []  # layers of whose inputs the images tell too little
         layers = layers_of(inside)
-        places = {path: Place.of(path, layers[path]) for path in plan(inside, images).layers}
+        assert prepared.route is not None
+        places = {path: Place.of(path, layers[path]) for path in prepared.route.layers}
         places = {path: place for path, place in places.items() if place.name in masks}
         others = masks.keys() - {place.name for place in places.values()}
         warn_of_others(others, masks)
@@ -134,7 +136,8 @@ class Sequential(RateDistortion):
             if place.last in (None, len(masks[place.name])):
                 done(place.name)
 
-        change_in_order(opened(removed.folded.network), inside, images, set(places), change)
+        route = Plan([*places], prepared.route.branch_ends)
+        change_in_order(opened(removed.folded.network), inside, images, route, change)
         if weak:
             moments.warn_of(weak, len(images))
         rows = {name: [parts[first] for first in sorted(parts)] for name, parts in codes.items()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..linear import View
+from ..lockstep import Plan
 from .columns import cheapest, code_lengths
 
 SAMPLE = 4000  # weights of a layer from which its entropy is guessed
@@ -19,6 +20,7 @@ class Problem:
     units: dict[str, Tensor]  # weight of each output unit's squared error
     damage: float  # what removing all weights would do, divided by their number
     views: dict[str, View] = field(default_factory=dict)  # by which moments are ordered
+    route: Plan | None = None  # in which layers are coded, where it is one after the other
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..inputs import memory
+
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # sizes, strides and offset in a storage
 
 
@@ -67,11 +69,11 @@ class Changes:
         self, made: Callable[[Tensor], Any], refuse: Callable[[str, str], Exception]
     ) -> None:
         self.made, self.refuse = made, refuse
-        self.written: dict[int, Written] = {}
+        self.written: dict[int | None, Written] = {}  # by memory
 
     def note(self, target: Tensor, result: Tensor) -> None:
         """A function changes ``target`` in place; what it holds now is ``result``."""
-        if _identity(result) == _identity(target):
+        if memory(result) == memory(target):
             if _geometry(result) != _geometry(target):
                 raise self.refuse(
                     "a change of shape in place",
@@ -82,14 +84,14 @@ class Changes:
             if old.storage.expired():  # nobody can read it any more
                 del self.written[key]
         storage = StorageWeakRef(target.untyped_storage())
-        self.written[_identity(target)] = Written(storage, _geometry(target), result)
+        self.written[memory(target)] = Written(storage, _geometry(target), result)
 
     def current(self, tree: Any) -> Any:
         """The same tree with what its tensors hold now."""
         if not self.written:
             return tree
         if isinstance(tree, Tensor):
-            while entry := self.written.get(_identity(tree)):
+            while entry := self.written.get(memory(tree)):
                 part = _geometry(tree) != entry.place
                 if part and (hasattr(tree, "factor") or hasattr(entry.result, "factor")):
                     raise self.refuse(
@@ -109,10 +111,6 @@ class Changes:
             new = {key: self.current(branch) for key, branch in tree.items()}
             return new if any(new[key] is not tree[key] for key in new) else tree
         return tree
-
-
-def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _geometry(tensor: Tensor) -> Geometry:

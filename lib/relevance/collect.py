@@ -17,6 +17,7 @@ from ..inputs import (
     batched,
     copied,
     full_precision,
+    memory,
     own,
     probed,
     tensors,
@@ -25,6 +26,7 @@ from ..inputs import (
 from .collectors import Absolutes, Collected, InputMoments, PerWeight, Squares, Sums
 from .rules import DIRECT, RuleLike, bounded, chooser
 from .samples import STARTS, scored_weights, start_gradient
+from .saved import Saved
 from .trace import Propagation
 
 WANTED: dict[str, type[PerWeight]] = {
@@ -109,14 +111,18 @@ class Run(Generic[C]):
     def _follow(self, image: Tensor, plain: Tensor, rule: RuleLike, moving: set[str]) -> None:
         """Follow one image to learn which layers it uses."""
         network = self.propagate.model
-        traced = self.propagate(own(image, network))
+        self.collector.follow(0)
+        with (saved := Saved()):
+            traced = self.propagate(own(image, network))
+        held = (*network.named_buffers(), *network.named_parameters())
+        saved.check({memory(value): name for name, value in held})
         if self.propagate.shares and image.is_floating_point():
-            self.collector.forget()
+            self.collector.follow(0)
             try:
                 traced = self.propagate(own(image, network).requires_grad_())
                 self.collector.shares = True
             except UnsupportedLayerError:  # what is made of the images first has no rule: constants
-                self.collector.forget()
+                self.collector.follow(0)
                 traced = self.propagate(own(image, network))
         if not torch.allclose(traced, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
             raise UnsupportedLayerError(
@@ -139,8 +145,19 @@ class Run(Generic[C]):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [batch, ...] and labels [batch], on the model's device."""
         network = self.propagate.model
+        self._tell_apart()
         for part in batched(len(self.images), self.batch_size):
             yield own(self.images[part], network), own(self.labels[part], network)
+
+    def _tell_apart(self) -> None:
+        """Follow one image more, where samples lie in what layers read is to be told."""
+        count = min(self.batch_size, len(self.images))
+        if not self.collector.samplewise or count == 1:
+            return
+        middle = count // 2  # in no order of its entries it stands where it does in the other
+        image = torch.cat([self.images[middle : middle + 1]] * self.collector.copies)
+        self.collector.follow(middle)
+        self.propagate(own(image, self.propagate.model).requires_grad_(self.collector.shares))
 
     def collect(self) -> C:
         """Propagate everything; gives the collector."""

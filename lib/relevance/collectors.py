@@ -43,8 +43,11 @@ class Collected(Collector):
         self.weights, self.samples = weights, 0
         self.totals: dict[str, Tensor] = {}
 
-    def forget(self) -> None:
-        """Forget what was learned from the image that was followed: it is followed once more."""
+    def follow(self, place: int) -> None:
+        """The image at this place of the first batch is followed next, by itself.
+
+        What was learned from it before is forgotten.
+        """
 
     def begin(self, images: Tensor) -> Tensor:
         """Make ready for a batch; gives the images to propagate, [samples, ...]."""
@@ -92,14 +95,14 @@ class PerSample(PerWeight):
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__(weights)
-        # what each use of a weight reads for the first image, and where in a batch that is
-        self.singles: list[tuple[Key | None, Tensor]] = []
-        self.layouts: list[Layout | None] = []
+        # by place in the first batch, what each use of a weight reads for some images alone
+        self.singles: dict[int, list[tuple[Key | None, Tensor]]] = {}
+        self.layouts: list[Layout | None] = []  # of each use
         self.uses: Counter[Key | None] = Counter()
         self.pieces: dict[Key, list[Piece]] = defaultdict(list)
 
-    def forget(self) -> None:
-        self.singles.clear()
+    def follow(self, place: int) -> None:
+        self.read = self.singles[place] = []
 
     def begin(self, images: Tensor) -> Tensor:
         self.uses.clear()
@@ -108,19 +111,21 @@ class PerSample(PerWeight):
 
     def use(self, layer: Layer, a: Tensor) -> None:
         if not self.samples:
-            self.singles.append((layer.key, a.detach()))
+            self.read.append((layer.key, a.detach()))
             return
-        number = self.number % len(self.singles)
-        key, single = self.singles[number]
-        if key != layer.key:
-            raise UnsupportedLayerError(
-                f"whether {(layer.key or key or ('',))[0]!r} is used depends on the images, so "
-                "that relevance cannot be told apart by sample; use aggregate='sum' or "
-                "batch_size=1, or a criterion by sums (lrp-epsilon)"
-            )
+        number = self.number % len(self.read)
+        for read in self.singles.values():
+            key, single = read[number] if len(read) == len(self.read) else (None, a)
+            if key != layer.key:
+                raise UnsupportedLayerError(
+                    f"whether {(layer.key or key or ('',))[0]!r} is used depends on the images, so "
+                    "that relevance cannot be told apart by sample; use aggregate='sum' or "
+                    "batch_size=1, or a criterion by sums (lrp-epsilon)"
+                )
         if number == len(self.layouts):
+            singles = {place: read[number][1] for place, read in self.singles.items()}
             samples = self.stacked * self.samples
-            self.layouts.append(find_samples(a, single, samples, self.copies))
+            self.layouts.append(find_samples(a.detach(), singles, samples, self.copies))
         layer.layout = self.layouts[number]
         self.number += 1
         self.uses[layer.key] += 1

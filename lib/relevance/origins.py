@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..inputs import tensors
+from ..inputs import memory, tensors
 
 
 class Origins:
@@ -16,10 +15,10 @@ class Origins:
     Parameters
     ----------
     fixed : set of int
-        Addresses of what the model holds and nobody scores: buffers, parameters of norms.
+        ``inputs.memory`` of what the model holds and nobody scores: buffers, parameters of norms.
     """
 
-    def __init__(self, fixed: set[int]) -> None:
+    def __init__(self, fixed: set[int | None]) -> None:
         self.fixed = fixed
         # while a reference is held, no other memory has that identity
         self.pixels: dict[int, StorageWeakRef] = {}
@@ -31,14 +30,14 @@ class Origins:
 
     def raw(self, tensor: Tensor) -> bool:
         """Whether it comes from the images, and no layer has read them yet."""
-        return tensor.layout == torch.strided and _identity(tensor) in self.pixels
+        return memory(tensor) in self.pixels
 
     def constant(self, tensor: Tensor) -> bool:
         """Whether no image and no scored weight has a part in it."""
-        if tensor.layout != torch.strided or self.raw(tensor) or tensor.requires_grad:
+        place = memory(tensor)
+        if place is None or place in self.pixels or tensor.requires_grad:
             return False
-        held = tensor.untyped_storage().data_ptr() in self.fixed
-        return held or _identity(tensor) in self.constants
+        return place in self.constants or place in self.fixed
 
     def note(self, given: Any, results: Any) -> None:
         """A function that is no layer makes results, or changes them, from what it is given."""
@@ -51,10 +50,6 @@ class Origins:
             self.constants |= _identities(tensors(results))
 
 
-def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _identities(found: Iterable[Tensor]) -> dict[int, StorageWeakRef]:
-    strided = (t for t in found if t.layout == torch.strided)
-    return {_identity(t): StorageWeakRef(t.untyped_storage()) for t in strided}
+    at = ((memory(t), t) for t in found)
+    return {place: StorageWeakRef(t.untyped_storage()) for place, t in at if place is not None}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..inputs import UnsupportedLayerError, full_precision, tensors
+from ..inputs import UnsupportedLayerError, full_precision, memory, tensors
 from . import kinds
 from .changes import Changes, is_inplace, out_of_place
 from .factors import Multiply, Normaliser, hand_on, shared
@@ -62,7 +62,7 @@ class Propagation(TorchFunctionMode):
         self.model, self.choose, self.collector = model, choose, collector
         self.names, self.ordinary = names, ordinary
         own = (p for p in model.parameters() if id(p) not in names)
-        self.fixed = {t.untyped_storage().data_ptr() for t in (*model.buffers(), *own)}
+        self.fixed = {memory(t) for t in (*model.buffers(), *own)}
         self.running = False
         self.spreads: dict[int, tuple[torch.Size, int]] = {}
         self._forget()
