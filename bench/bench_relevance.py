@@ -1,6 +1,6 @@
 """Time and memory of weight relevance, as ratios to training steps on the same images.
 
-    OMP_NUM_THREADS=2 python bench/bench_relevance.py
+    OMP_NUM_THREADS=2 python bench/bench_relevance.py [model ...]
 
 One thread unless told otherwise: several wait for each other where other work has the cores.
 Writes results/bench/relevance.csv. A training step is a forward and a backward pass with weight
@@ -126,11 +126,14 @@ def rows(name, bar):
                 pairs.append(pair)
             bar.update()
         ratios = [pair[1] / pair[0] for pair in pairs]
+        many = problem(name, 8 * few)
+        growing = seconds(method(what), *many)[0] / seconds(train, *many)[0]
         memory = [peak_elsewhere(name, what, images) for images in (few, 8 * few)]
         yield {
             "model": name,
             "method": what,
             "ratio": round(statistics.median(r[0] for r in ratios), 3),
+            "ratio, 8 x images": round(growing, 3),
             "processor time ratio": round(statistics.median(r[1] for r in ratios), 3),
             "target": target,
             "method seconds": round(statistics.median(pair[1, 0] for pair in pairs), 4),
@@ -155,14 +158,17 @@ def slope(name, bar):
 
 
 def main():
-    start = time.perf_counter()
-    with tqdm(total=sum(len(methods_of(m)) for m in MODELS) * (REPEATS + 1) + len(SIZES)) as bar:
-        table = pd.DataFrame([row for name in MODELS for row in rows(name, bar)])
+    start, models = time.perf_counter(), sys.argv[1:] or list(MODELS)
+    with tqdm(total=sum(len(methods_of(m)) for m in models) * (REPEATS + 1) + len(SIZES)) as bar:
+        table = pd.DataFrame([row for name in models for row in rows(name, bar)])
         table["log-log slope over images"] = round(slope("resnet20", bar), 3)
     print(table.to_string(index=False))
     table["repeats"] = REPEATS
     for key, value in provenance(start).items():
         table[key] = str(value)
+    if OUTPUT.exists():  # rows of other networks stay, each with where it was measured
+        before = pd.read_csv(OUTPUT)
+        table = pd.concat([before[~before["model"].isin(models)], table])
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(OUTPUT, index=False)
 

@@ -204,17 +204,16 @@ def check_alone(network: nn.Module, images: Tensor) -> None:
         together = probed(network, some)
     except ValueError:
         together = probed(network, some := images[:1])
-    again = probed(network, some)
     if not together.isfinite().all():
         raise ValueError("the model returns NaN or infinite logits")
-    if not _near(together, again):
+    if _near(together, _apart(network, some, 1)):
+        return
+    if not _near(together, probed(network, some)):
         raise UnsupportedLayerError(
             "the outputs for the same images differ from pass to pass: evaluation mode must not "
             "be random (dropout and its kin need training=self.training), nor change the model"
         )
-    if not _near(together, _apart(network, some, 1)) and not (
-        len(some) > 1 and _near(together, _apart(network, some, 2))
-    ):
+    if len(some) == 1 or not _near(together, _apart(network, some, 2)):
         raise UnsupportedLayerError(
             "the output for an image depends on the others of its batch: is the first axis that "
             "of the samples everywhere (batch_first=True), and is no mean, norm or softmax taken "

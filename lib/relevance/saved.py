@@ -30,8 +30,10 @@ class Saved(saved_tensors_hooks):
                 place = (
                     saved.data_ptr(), saved._version, saved.shape, saved.stride(), saved.dtype
                 )  # fmt: skip
-                _, before = self.found.setdefault(place, (saved, saved.clone()))
-                self._compare(saved, before)
+                if place in self.found:
+                    self._compare(*self.found[place])
+                else:
+                    self.found[place] = saved, saved.clone()
         return saved
 
     def _compare(self, now: Tensor, before: Tensor) -> None:
