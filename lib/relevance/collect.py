@@ -243,6 +243,6 @@ def totals(
         raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
     run = Run(WANTED[wanted], model, images, labels, **how)
     weights = dict(unwrapped(model).named_parameters())
-    found = run.folded.stored(run.collect().totals)
+    found = run.folded.stored(run.collect().found())
     # In half precision everything is computed in float32.
     return {name: total.to(weights[name].dtype) for name, total in found.items()}

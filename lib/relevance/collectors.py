@@ -61,14 +61,18 @@ class Collected(Collector):
 class PerWeight(Collected):
     """Whose totals are shaped like the weights."""
 
-    def __init__(self, weights: dict[str, Tensor]):
-        super().__init__(weights)
-        self.totals = {name: torch.zeros_like(w) for name, w in weights.items()}
-
     def total(self, key: Key) -> Tensor:
         """The rows of a weight's total that a layer uses; changed in place."""
         name, first, last = key
+        if name not in self.totals:  # not before, when activations take most of the memory
+            self.totals[name] = torch.zeros_like(self.weights[name])
         return self.totals[name][first:last]
+
+    def found(self) -> dict[str, Tensor]:
+        """Weight name -> total, zero where nothing arrived."""
+        for name in self.weights:
+            self.total((name, None, None))
+        return {name: self.totals[name] for name in self.weights}
 
 
 class Sums(PerWeight):
@@ -192,7 +196,7 @@ class InputMoments(PerWeight):
             self.used.append(layer)
             name, first, last = layer.key
             squares = layer.operation.squares(a.detach(), self.weights[name][first:last])
-            self.totals[name][first:last] += squares
+            self.total(layer.key).add_(squares)
 
 
 def _only_used(layer: Layer) -> None:

@@ -64,7 +64,7 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
                 "ReLU, LeakyReLU, ELU, Sigmoid, Tanh, Softplus and Softmax, as modules, and max "
                 "pooling without overlap"
             )
-    return run.folded.stored(run.collector.totals)
+    return run.folded.stored(run.collector.found())
 
 
 class Differences(Absolutes):

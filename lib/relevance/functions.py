@@ -207,7 +207,7 @@ def _multi_head_attention(mode: Forward, *args: Any, **kwargs: Any) -> tuple[Ten
         .transpose(1, 2)
         for x, w, b, key in zip(inputs, weights, biases, keys, strict=True)
     )  # [samples, heads, positions, width / heads] each  # fmt: skip
-    mask = torch.zeros(len(q), 1, 1, k.shape[2], dtype=q.dtype, device=q.device)
+    mask = None
     for given, shape in ((p["key_padding_mask"], (len(q), 1, 1, -1)), (p["attn_mask"], None)):
         if given is None:
             continue
@@ -215,7 +215,8 @@ def _multi_head_attention(mode: Forward, *args: Any, **kwargs: Any) -> tuple[Ten
             given = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
         if given.dim() == 3:
             given = given.unflatten(0, (len(q), heads))
-        mask = mask + (given.view(shape) if shape else given)
+        given = given.view(shape) if shape else given
+        mask = given if mask is None else mask + given
     out, attention = _attend(mode, q, k, v, mask, 1 / math.sqrt(q.shape[-1]))
     out = out.transpose(1, 2).flatten(2)  # [samples, positions, width]
     out = mode.layer(out, p["out_proj_weight"], p["out_proj_bias"], Operation())

@@ -45,7 +45,8 @@ class Saved(saved_tensors_hooks):
 
         ``names`` are those of what the model holds, by ``inputs.memory``.
         """
-        for place, (now, before) in self.found.items():
+        found, self.found = self.found, {}  # its hooks hold on to this object
+        for place, (now, before) in found.items():
             if now._version == place[1]:  # else torch tells itself, if it matters
                 self._compare(now, before)
         if self.changed is None:

@@ -103,8 +103,10 @@ class Propagation(TorchFunctionMode):
             self.running = False
 
     def half(self, x: Tensor) -> Tensor:
-        """The same value at half the gradient: two factors share relevance equally."""
-        return x if self.ordinary else (x + x.detach()) / 2
+        """A product just made, at half the gradient: two factors share relevance equally."""
+        if x.requires_grad and not self.ordinary:
+            x.register_hook(lambda g: g / 2)
+        return x
 
     def _leave(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
         if not self.running and any(t.requires_grad for t in tensors(outputs)):
