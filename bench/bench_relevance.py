@@ -126,14 +126,14 @@ def rows(name, bar):
                 pairs.append(pair)
             bar.update()
         ratios = [pair[1] / pair[0] for pair in pairs]
-        many = problem(name, 8 * few)
+        many = problem(name, 8 * few) if MODELS[name][1] == 32 else arguments
         growing = seconds(method(what), *many)[0] / seconds(train, *many)[0]
         memory = [peak_elsewhere(name, what, images) for images in (few, 8 * few)]
         yield {
             "model": name,
             "method": what,
             "ratio": round(statistics.median(r[0] for r in ratios), 3),
-            "ratio, 8 x images": round(growing, 3),
+            "ratio, 8 x images": round(growing, 3) if many is not arguments else None,
             "processor time ratio": round(statistics.median(r[1] for r in ratios), 3),
             "target": target,
             "method seconds": round(statistics.median(pair[1, 0] for pair in pairs), 4),

@@ -1,14 +1,17 @@
 """What a result should be told with: sizes it is compared with, and warnings."""
 
+import torch
 from torch import Tensor, nn
 
+from .checks import check_finite
 from .codec import Compressed, identity
 from .codes import Codes
 from .finetune import evaluate
-from .inputs import copied, tensors_of
+from .inputs import probed, split, tensors_of
 from .prune import Removed
 from .warning import warn
 
+BATCH = 100  # images run at a time
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
 SMALLEST, LARGEST = 1e-5, 1e6  # of a layer's largest weight, in 16 to 127 steps of float16
 LOST = 10.0  # points of accuracy on the reference images whose loss is worth a warning
@@ -74,9 +77,17 @@ def warn_of_emptied(removed: Removed, result: Compressed) -> None:
         )
 
 
-def warn_if_ruined(model: nn.Module, result: Compressed, images: Tensor, labels: Tensor) -> None:
+def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Accuracy in percent on the reference images; ValueError where logits are not finite."""
+    logits = torch.cat([probed(network, part).cpu() for part in split(images, BATCH)])
+    check_finite(logits)
+    return 100 * float((logits.argmax(1) == labels.cpu()).float().mean())
+
+
+def warn_if_ruined(
+    model: nn.Module, result: Compressed, images: Tensor, labels: Tensor, before: float
+) -> None:
     """Warn where much accuracy on the reference images is lost, or was never there."""
-    before = evaluate(copied(model), images, labels)  # a forward may change what it runs on
     after = evaluate(result.to_model(model), images, labels)
     chance = 100 * float(labels.bincount().max()) / len(labels)
     if before <= chance + LOST / 2 < 100:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inputs import evaluated
 from .linear import Place, Projection, View, layers_of
 
 
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 def opened(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode that shares all parameters, attentions by layers of their own."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared).eval()
+    model = evaluated(copy.deepcopy(model, shared))
     replaced: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         plain = getattr(module.forward, "__func__", None) is nn.MultiheadAttention.forward

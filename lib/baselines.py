@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .attention import views_of
 from .checks import check_logits, check_samples
 from .fold import fold
-from .inputs import batched, copied, own, probed
+from .inputs import batched, copied, evaluated, own, probed
 from .relevance import scored_weights, totals
 
 Scores = dict[str, Tensor]
@@ -84,7 +84,7 @@ def fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     ``w² / 2 · mean_n (∂L_n/∂w)²`` with one gradient per sample (Theis et al. 2018, arXiv
     1801.05787).
     """
-    total = _gradients(model, images, labels, "loss", "rms")
+    total = _gradients(model, images, labels, "loss", "squares")
     return {name: score / (2 * len(images)) for name, score in total.items()}
 
 
@@ -101,7 +101,7 @@ def hessian_trace(
     (Dong et al. 2020, arXiv 1911.03852), for the removal of one weight at a time.
     """
     check_samples(images, labels)
-    private = copied(model).eval()
+    private = evaluated(copied(model))
     weights = scored_weights(private)
     private.requires_grad_(False)
     for w in weights.values():

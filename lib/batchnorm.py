@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .inputs import copied, probed
+from .inputs import copied, evaluated, probed
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -34,16 +34,23 @@ def batchnorm_pairs(model: nn.Module, images: Tensor | None = None) -> dict[str,
         it is. A BatchNorm without running statistics, behind a layer used twice, behind one whose
         weight is shared or computed (a parametrization), or behind anything else, is absent.
     """
+    return found_pairs(model, images)[0]
+
+
+def found_pairs(model: nn.Module, images: Tensor | None = None) -> tuple[dict[str, str], bool]:
+    """``batchnorm_pairs``; whether they are read off the whole graph, and so hold for any image."""
     modules = dict(model.named_modules())
     if not any(isinstance(module, BATCHNORMS) for module in modules.values()):
-        return {}
+        return {}, True
     every = [module for _, module in model.named_modules(remove_duplicate=False)]
     places = Counter(id(module) for module in every)
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
+    sure = True
     try:
         # A copy, since a forward that keeps what it computed would keep the tracer's objects.
-        candidates = _traced_pairs(copied(model).eval())
+        candidates = _traced_pairs(evaluated(copied(model)))
     except Exception:  # a forward with data-dependent control flow fails in ways of its own
+        sure = False
         candidates = _sequential_pairs(model) if images is None else _met_pairs(model, images)
 
     def foldable(layer: nn.Module, norm: nn.Module) -> bool:
@@ -60,11 +67,12 @@ def batchnorm_pairs(model: nn.Module, images: Tensor | None = None) -> dict[str,
             and norm.num_features == weight.shape[isinstance(layer, TRANSPOSED)]
         )
 
-    return {
+    pairs = {
         norm: layer
         for layer, norm in candidates
         if layer in modules and norm in modules and foldable(modules[layer], modules[norm])
     }
+    return pairs, sure
 
 
 class _Tracer(fx.Tracer):
@@ -122,7 +130,7 @@ def sure_of_axis(model: nn.Module) -> set[str]:
 
 def _met_pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     """Paths of layers and of the BatchNorm that reads what each put out, both called once."""
-    network, calls = copied(model).eval(), Counter[str]()
+    network, calls = evaluated(copied(model)), Counter[str]()
     made: dict[int, tuple[str, Any]] = {}  # by identity, and held so that none is given twice
     pairs: list[tuple[str, str]] = []
 

@@ -13,8 +13,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .inputs import UnsupportedLayerError, memory, probed, tensors
+from .inputs import UnsupportedLayerError, memory, probed, spread, tensors
 
+SMALLEST, LARGEST = 1e-12, 1e12  # of the images' largest value
 ALONE = 4  # images of which each is run by itself, too
 WEIGHT_HOOKS = {  # what they leave as a plain attribute cannot be copied, nor told from a weight
     prune.BasePruningMethod: "torch.nn.utils.prune.remove",
@@ -27,18 +28,26 @@ def check_model(model: Any) -> None:
     """Raise ValueError for what is no network, UnsupportedLayerError for what can't be followed."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {_advice_on_model(model)}")
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+    parameters = dict(model.named_parameters())
+    for name, value in (*parameters.items(), *model.named_buffers()):
         if isinstance(value, UninitializedParameter):
             raise ValueError(f"{name!r} has no shape yet: run the model once on some images")
         if value.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without values: load them first")
         if value.layout != torch.strided:
             raise UnsupportedLayerError(f"{name!r} is sparse: give the layer its to_dense()")
-        if not value.numel() and isinstance(value, nn.Parameter):
+        if not value.numel() and name in parameters:
             raise UnsupportedLayerError(f"{name!r} has no elements: leave its layer out")
+        if value.is_complex() and name in parameters:
+            raise UnsupportedLayerError(
+                f"{name!r} is complex: hold its real and imaginary parts as two parameters, and "
+                "compute with torch.complex or with both"
+            )
+        if value.is_inference():
+            value = value.clone()
         # a mask, which does not train, may hold infinities
         bad = ~value.isfinite() if value.requires_grad else value.isnan()
-        if isinstance(value, nn.Parameter) and bad.any():
+        if name in parameters and bad.any():
             raise ValueError(f"{name!r} holds values that are not finite")
     _check_memory(model)
     for path, module in model.named_modules():
@@ -138,6 +147,26 @@ def check_images(images: Tensor) -> None:
         raise ValueError("images contain NaN or infinite values: they must be finite")
 
 
+def check_scale(images: Tensor) -> None:
+    """Raise ValueError where squares of images, and so moments, leave the range of float32."""
+    largest = float(images.abs().max()) if images.is_floating_point() and images.numel() else 0.0
+    if largest and not SMALLEST <= largest <= LARGEST:
+        raise ValueError(
+            f"images hold values up to {largest:.1g}, whose squares float32 cannot hold: give them "
+            "in units in which they are of about order one, and let the model begin with a factor"
+        )
+
+
+def check_state(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError where the state_dict calls weights otherwise than they are."""
+    unknown = dict(model.named_parameters()).keys() - model.state_dict().keys()
+    if unknown:
+        raise UnsupportedLayerError(
+            f"the model's state_dict does not hold {min(unknown)!r}: a state_dict of its own that "
+            "names or leaves out weights cannot be stored; give the network without it"
+        )
+
+
 def check_logits(logits: Any, labels: Tensor) -> None:
     """Raise ValueError unless the output for some images is logits that the labels index."""
     if not isinstance(logits, Tensor):
@@ -158,13 +187,18 @@ def check_logits(logits: Any, labels: Tensor) -> None:
             f"the model must return logits [samples, classes], got {shape}; a squeeze() may have "
             "taken the axis of the samples where there is one"
         )
-    if not logits.isfinite().all():
-        raise ValueError("the model returns NaN or infinite logits")
+    check_finite(logits)
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, "
             f"the model has classes 0 to {logits.shape[1] - 1}"
         )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ValueError unless all logits are finite."""
+    if not logits.isfinite().all():
+        raise ValueError("the model returns NaN or infinite logits")
 
 
 class _Reading(TorchFunctionMode):
@@ -199,21 +233,22 @@ def check_alone(network: nn.Module, images: Tensor) -> None:
 
     A network that squeezes needs two images at a time, and gets each twice; some take but one.
     """
-    some = images[:ALONE]
+    some = spread(images, ALONE)
     try:
         together = probed(network, some)
     except ValueError:
         together = probed(network, some := images[:1])
-    if not together.isfinite().all():
-        raise ValueError("the model returns NaN or infinite logits")
-    if _near(together, _apart(network, some, 1)):
+    check_finite(together)
+    alone = _apart(network, some, 1)
+    if _near(together, alone):
         return
     if not _near(together, probed(network, some)):
         raise UnsupportedLayerError(
             "the outputs for the same images differ from pass to pass: evaluation mode must not "
             "be random (dropout and its kin need training=self.training), nor change the model"
         )
-    if len(some) == 1 or not _near(together, _apart(network, some, 2)):
+    squeezes = alone is None or alone.shape != together.shape
+    if not (squeezes and len(some) > 1 and _near(together, _apart(network, some, 2))):
         raise UnsupportedLayerError(
             "the output for an image depends on the others of its batch: is the first axis that "
             "of the samples everywhere (batch_first=True), and is no mean, norm or softmax taken "

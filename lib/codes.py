@@ -85,9 +85,11 @@ def storable(step: Tensor) -> Tensor:
 
 
 def halved(values: Tensor) -> Tensor:
-    """Values in float16, or as they are where that cannot hold them."""
+    """Values in float16, or as they are where that cannot hold the largest of them."""
     halves = values.half()
-    return halves if bool(halves.isfinite().all()) else values
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    held = largest == 0 or torch.finfo(torch.float16).smallest_normal <= largest
+    return halves if held and bool(halves.isfinite().all()) else values
 
 
 def mask_like(weight: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from . import masks as masking
 from . import progress as reporting
 from . import repair
 from .advice import (
+    accuracy_of,
     float_bytes,
     tensors_of,
     warn_if_ruined,
@@ -24,12 +25,20 @@ from .advice import (
     warn_of_sizes,
     warn_of_unscored,
 )
-from .checks import check_alone, check_copy, check_logits, check_model, check_samples
+from .checks import (
+    check_alone,
+    check_copy,
+    check_logits,
+    check_model,
+    check_samples,
+    check_scale,
+    check_state,
+)
 from .codec import Compressed
 from .codes import halved
 from .finetune import Batches, accuracy, check_batches, finetune
 from .fold import fold
-from .inputs import Output, copied, probed, unwrapped
+from .inputs import Output, copied, evaluated, probed, unwrapped
 from .prune import Removed
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
@@ -186,23 +195,26 @@ def compress(
     budget = Budget.of(bits, ratio, max_drop, val)
     check_model(model)
     model = unwrapped(model)
+    check_state(model)
     check_samples(images, labels)
+    check_scale(images)
     for name, data in (("train", train), ("val", val)):
         check_batches(name, data)
     if output is not None:
         model = copied(model, output)
     labels = labels.long()
-    network = copied(model).eval()
+    network = evaluated(copied(model))
     check_copy(model, network, images[:2])
     check_logits(probed(network, images[:2]), labels)
     check_alone(network, images)
+    before = accuracy_of(network, images, labels)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
     warn_of_sizes(prepared.removed)
     with reporting.showing(progress):
         best = _search(model, prepared, recipe, budget, val) if budget else encode(prepared, recipe)
     warn_of_unscored(prepared.removed, best)
     warn_of_emptied(prepared.removed, best)
-    warn_if_ruined(model, best, images, labels)
+    warn_if_ruined(model, best, images, labels, before)
     return best
 
 

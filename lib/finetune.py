@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_samples
-from .inputs import evaluating, own, split
+from .inputs import evaluated, evaluating, own, split
 
 OPTIMISERS = {
     "adam": (torch.optim.Adam, 1, {}),
@@ -95,7 +95,7 @@ def finetune(
         {"params": [p], "lr": lr * factor * next(
             (scale for begin, scale in (scales or {}).items() if name.startswith(begin)), 1.0
         )}
-        for name, p in model.eval().named_parameters()
+        for name, p in evaluated(model).named_parameters()
     ]  # fmt: skip
     descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))

@@ -1,8 +1,9 @@
 """Folding of BatchNorm into the layer before it, and back into a state_dict of the user's model."""
 
 import copy
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .batchnorm import BATCHNORMS, FOLDABLE, TRANSPOSED, batchnorm_pairs, sure_of_axis
-from .codec import Constant
+from .batchnorm import BATCHNORMS, FOLDABLE, TRANSPOSED, found_pairs, sure_of_axis
+from .codec import Compressed, Constant
 from .dense import as_linear, dense_layers
-from .inputs import HALVES, copied, probed, tensors
+from .inputs import HALVES, copied, evaluated, probed, split, spread, tensors
 
-COMPARED = 8  # images on which outputs are compared
+COMPARED, BATCH = 8, 50  # images on which outputs are compared; so many run at a time
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,12 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     model : nn.Module
         Any network; not changed.
     images : Tensor [samples, ...], optional
-        Inputs as the model takes them, on any device. On the first eight of them the outputs
-        before and after folding are compared; should they differ by more than 0.1 % of the
-        largest, BatchNorms are folded one by one, and those that change the outputs stay. Without
-        images, linear layers are folded into only behind a flattening: elsewhere a BatchNorm may
-        normalise another axis than their outputs.
+        Inputs as the model takes them, on any device. On eight of them, or on all where the pairs
+        are not read off a graph, the outputs before and after folding are compared; should they
+        differ by more than 0.1 % of the largest, BatchNorms are folded one by one, and those that
+        change the outputs stay, as do those that cannot be unfolded again. Without images, linear
+        layers are folded into only behind a flattening: elsewhere a BatchNorm may normalise another
+        axis than their outputs.
 
     Returns
     -------
@@ -140,34 +142,45 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
     become that first. A network in half precision is copied to float32.
     """
     images = None if images is None or len(images) == 0 else images
-    network, own = copied(model).eval(), dense_layers(model)
-    pairs = batchnorm_pairs(model, images)
-    if any(p.dtype in HALVES for p in network.parameters()):
-        network.float()  # products of relevance and sums of moments leave the range of halves
+    network, own = evaluated(copied(model)), dense_layers(model)
+    pairs, sure = found_pairs(model, images)
+    _floats(network)
     if images is None:
         pairs = {norm: layer for norm, layer in pairs.items() if _is_torchs(model, norm)}
         if any(isinstance(model.get_submodule(layer), nn.Linear) for layer in pairs.values()):
-            sure = sure_of_axis(_sharing(network))
-            pairs = {norm: layer for norm, layer in pairs.items() if layer in sure}
+            certain = sure_of_axis(_sharing(network))
+            pairs = {norm: layer for norm, layer in pairs.items() if layer in certain}
         return Folded(model, as_linear(_fuse(network, pairs), own), pairs, own)
     if not (pairs or own):
         return Folded(model, network, {})
-    images = images[: 32 * COMPARED if own else COMPARED]  # more where a layer is only guessed
+    if sure:  # more where a layer is only guessed
+        images = spread(images, 32 * COMPARED if own else COMPARED)
     before = _outputs(network, images)
 
-    def kept(change: Callable, wanted: dict[str, Any]) -> dict[str, Any]:
+    def kept(
+        change: Callable, wanted: dict[str, Any], fits: Callable[[nn.Module, dict], bool]
+    ) -> dict[str, Any]:
         """Change the network where that leaves its outputs as they are: all at once, or singly."""
         nonlocal network
         done: dict[str, Any] = {}
         for some in (wanted, *({path: what} for path, what in wanted.items())):
             if some and not done.keys() >= some.keys():
                 changed = change(_sharing(network), some)
-                if _gives(changed, images, before):
+                if _gives(changed, images, before) and fits(changed, done | some):
                     network, done = changed, done | some
         return done
 
-    dense = kept(as_linear, own)
-    pairs = kept(_fuse, pairs)
+    def unfolds(changed: nn.Module, folded: dict[str, str]) -> bool:
+        """Whether other biases can be brought back to where they came from."""
+        if sure:
+            return True
+        moved = _moved(changed, folded.values())
+        unfolded = Folded(model, moved, folded, dense).unfold(moved.state_dict())
+        back = Compressed(unfolded).to_model(_floats(evaluated(copied(model))))
+        return _gives(back, images, _outputs(moved, images))
+
+    dense = kept(as_linear, own, lambda *_: True)
+    pairs = kept(_fuse, pairs, unfolds)
     return Folded(model, network, pairs, dense)
 
 
@@ -214,14 +227,32 @@ def _turned(name: str, entry: Any) -> Any:
     return replace(entry, symbols=entry.symbols.mT, tiers=tiers)
 
 
+def _floats(network: nn.Module) -> nn.Module:
+    """In float32, where it was in half precision, whose range moments and relevance leave."""
+    return network.float() if any(p.dtype in HALVES for p in network.parameters()) else network
+
+
+def _moved(network: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """A copy in which the biases of these layers are others, by about the size of the outputs."""
+    network, draw = copy.deepcopy(network), torch.Generator().manual_seed(0)
+    for path in paths:
+        layer: Any = network.get_submodule(path)
+        size = layer.weight.detach().norm() / math.sqrt(len(layer.bias)) + layer.bias.abs().mean()
+        layer.bias.data += size * torch.randn(layer.bias.shape, generator=draw).to(layer.bias)
+    return network
+
+
 def _sharing(network: nn.Module) -> nn.Module:
     """A copy of the modules, of the same parameters: what a forward keeps stays in the copy."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters()})
 
 
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
-    outputs = probed(_sharing(network), images)
-    return torch.cat([t.flatten(1) for t in tensors(outputs) if t.is_floating_point()], 1)
+    network = _sharing(network)
+    return torch.cat([
+        torch.cat([t.flatten(1) for t in tensors(found) if t.is_floating_point()], 1)
+        for found in (probed(network, part) for part in split(images, BATCH))
+    ])  # fmt: skip
 
 
 def _gives(network: nn.Module, images: Tensor, expected: Tensor) -> bool:

@@ -137,6 +137,11 @@ def batched(count: int, size: int) -> Iterator[slice]:
         first = last
 
 
+def spread(images: Tensor, count: int) -> Tensor:
+    """So many images from all parts of the set, whose first ones may be alike; all if fewer."""
+    return images[:: max(1, len(images) // count)][:count]
+
+
 def split(images: Tensor, size: int) -> list[Tensor]:
     """Images in the parts of ``batched``."""
     return [images[part] for part in batched(len(images), size)]
@@ -164,12 +169,18 @@ class FullPrecision(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
+def evaluated(model: nn.Module) -> nn.Module:
+    """The same, in evaluation mode; a ``train`` of the user's own may return nothing."""
+    model.eval()
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """A model in evaluation mode; each module's mode is put back."""
     modes = {module: module.training for module in model.modules()}
     try:
-        yield model.eval()
+        yield evaluated(model)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import UnsupportedLayerError, own, tensors
+from .inputs import UnsupportedLayerError, evaluated, own, spread, tensors
 from .linear import Layer, hooked, layers_of
 
 PAIRED = 16  # images that show which layers run for each
@@ -66,7 +66,7 @@ def plan(model: nn.Module, images: Tensor) -> Plan:
 
 def pairs_of(images: Tensor) -> list[Tensor]:
     """A few images from all parts of the set, two at a time: some networks squeeze one away."""
-    some = images[:: max(1, len(images) // PAIRED)][:PAIRED]
+    some = spread(images, PAIRED)
     return list(some[: len(some) - len(some) % 2 or 1].split(2))
 
 
@@ -193,7 +193,7 @@ class _Dense(_Watch):
 
     def __init__(self, dense: nn.Module, images: Tensor, route: Plan):
         super().__init__(route.branch_ends)
-        self.model, self.images, self.names = copy.deepcopy(dense).eval(), images, route.layers
+        self.model, self.images, self.names = evaluated(copy.deepcopy(dense)), images, route.layers
         self.queue: queue.Queue = queue.Queue(maxsize=1)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)

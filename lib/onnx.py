@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .codec import Compressed
 from .files import write_bytes
 from .fold import fold_batchnorm
-from .inputs import split
+from .inputs import evaluated, split
 from .onnx_int8 import quantize
 from .warning import warn
 
@@ -101,7 +101,7 @@ def to_onnx(
         raise ValueError(f"{path} is a folder; give the name of a file in it")
     if not images.ndim or not len(images) or not bool(images.isfinite().all()):
         raise ValueError(f"images must be [N, ...], N >= 1, and finite, not {list(images.shape)}")
-    decoded = compressed.to_model(model).cpu().float().eval()
+    decoded = evaluated(compressed.to_model(model).cpu().float())
     images = images.detach().cpu()
     images = images.float() if images.is_floating_point() else images
     shown = images if len(images) >= FEWEST else _some(images, FEWEST)

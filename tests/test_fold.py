@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from lib.batchnorm import batchnorm_pairs
 from lib.codec import Constant
-from lib.fold import batchnorm_pairs, fold, fold_batchnorm
+from lib.fold import fold, fold_batchnorm
 from study.networks import NETWORKS, build
 
 

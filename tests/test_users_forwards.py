@@ -445,8 +445,9 @@ def test_experts_that_read_some_images_only(skip):
         torch.testing.assert_close(
             score, sum(each[name] for each in single), rtol=1e-3, atol=1e-4, msg=name
         )
-    with pytest.raises(UnsupportedLayerError, match="experts.*aggregate='sum'"):
-        weight_relevance(model, images, labels, aggregate="abs")
+    for name, score in weight_relevance(model, images, labels, aggregate="abs").items():
+        wanted = sum(each[name].abs() for each in single)
+        torch.testing.assert_close(score, wanted, rtol=1e-3, atol=1e-4, msg=name)
     for recipe in ("lrp-rd", "lrp-gradual-rd", Recipe(store=Sequential(price=1e-6))):
         try:
             packed = compress(model, images, labels, recipe)

@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.batchnorm import batchnorm_pairs
 from lib.finetune import evaluate
-from lib.fold import batchnorm_pairs, fold_batchnorm
+from lib.fold import fold_batchnorm
 from study import Case, Study, float_bytes
 from study.data import split
 from study.paths import STANDARD

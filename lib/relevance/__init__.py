@@ -99,13 +99,10 @@ def weight_relevance(
     """
     if aggregate not in AGGREGATES:
         raise ValueError(f"unknown aggregate {aggregate!r}; known: {', '.join(AGGREGATES)}")
-    scores = totals(
+    return totals(
         model, images, labels, rule=rule, start=start, wanted=aggregate, batch_size=batch_size,
         output=output,
     )  # fmt: skip
-    if aggregate == "rms":
-        return {name: (squares / len(images)).sqrt_() for name, squares in scores.items()}
-    return scores
 
 
 @torch.inference_mode(False)

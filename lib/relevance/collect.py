@@ -1,17 +1,22 @@
 """Scoring runs: a private copy of the model, and batches of samples through it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_alone, check_copy, check_logits, check_model, check_samples
+from ..checks import (
+    check_alone,
+    check_copy,
+    check_finite,
+    check_logits,
+    check_model,
+    check_samples,
+)
 from ..fold import fold
 from ..inputs import (
-    FullPrecision,
     Output,
     UnsupportedLayerError,
     batched,
@@ -20,17 +25,19 @@ from ..inputs import (
     memory,
     own,
     probed,
-    tensors,
     unwrapped,
 )  # fmt: skip
-from .collectors import Absolutes, Collected, InputMoments, PerWeight, Squares, Sums
+from .collectors import Collected, InputMoments, PerWeight, Sums
+from .moving import moving_of, steps_of
+from .persample import Absolutes, Squares
 from .rules import DIRECT, RuleLike, bounded, chooser
 from .samples import STARTS, scored_weights, start_gradient
 from .saved import Saved
 from .trace import Propagation
 
 WANTED: dict[str, type[PerWeight]] = {
-    "sum": Sums, "abs": Absolutes, "rms": Squares, "moments": InputMoments,
+    "sum": Sums, "abs": Absolutes, "rms": Squares, "squares": Squares,
+    "moments": InputMoments,
 }  # fmt: skip
 C = TypeVar("C", bound=Collected)
 
@@ -71,6 +78,7 @@ class Run(Generic[C]):
         scored_weights(model)  # or there is nothing to do
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
+        self.constant = False  # whether images are no factors, whatever they are multiplied by
         self.folded = fold(model if output is None else copied(model, output), images)
         private = self.folded.network
         for module in private.modules():  # they watch gradients, which relevance is not
@@ -83,7 +91,7 @@ class Run(Generic[C]):
         self.collector = collector(weights)
         check_copy(model, private, images[:2])
         image, plain = self._first(private)
-        moving = _moving(private, scored, image)
+        moving = moving_of(private, scored, image)
         self.propagate = Propagation(private, choose, self.collector, keys, ordinary)
         self._follow(image, plain, rule, moving)
         first = choose(next(iter(self.propagate.visited), ""), False, True)
@@ -122,6 +130,7 @@ class Run(Generic[C]):
                 traced = self.propagate(own(image, network).requires_grad_())
                 self.collector.shares = True
             except UnsupportedLayerError:  # what is made of the images first has no rule: constants
+                self.constant = True
                 self.collector.follow(0)
                 traced = self.propagate(own(image, network))
         if not torch.allclose(traced, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
@@ -129,7 +138,7 @@ class Run(Generic[C]):
                 "the traced forward pass differs from the model's: evaluation mode is random, or "
                 "a tensor is changed in place where torch's functions do not see it"
             )
-        made, steps = self.propagate.made, _steps([traced, *self.propagate.held])
+        made, steps = self.propagate.made, steps_of([traced, *self.propagate.held])
         if unseen := sorted(moving - {made[step] for step in steps if step in made}):
             raise UnsupportedLayerError(
                 f"the weight {unseen[0]!r} moves the outputs where no function of torch shows it, "
@@ -138,8 +147,9 @@ class Run(Generic[C]):
             )
         layers = self.propagate.visited
         self.collector.direct = any(rule.name in DIRECT for rule in layers.values())
+        own_paths = {name.rpartition(".")[0] for name in self.collector.weights}
         for pattern in rule if isinstance(rule, Mapping) else ():
-            if not any(fnmatchcase(path, pattern) for path in layers):
+            if not any(fnmatchcase(path, pattern) for path in {*layers, *own_paths}):
                 raise ValueError(f"no layer fits {pattern!r}; layers: {', '.join(layers)}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,56 +172,45 @@ class Run(Generic[C]):
     def collect(self) -> C:
         """Propagate everything; gives the collector."""
         with full_precision():
-            for images, labels in self.batches():
-                images = self.collector.begin(images)
-                if self.collector.shares:
-                    images.requires_grad_()
-                logits = self.propagate(images)  # [batch, classes]
-                if self.collector.backwards:  # a sum: for gradients given, torch imports sympy
-                    (logits * start_gradient(logits.detach(), labels, self.start)).sum().backward()
-                self.collector.end()
+            self._tell_apart()
+            for part in batched(len(self.images), self.batch_size):
+                self._propagate(part)
         return self.collector
 
+    def _propagate(self, part: slice) -> None:
+        """Some images at once, or one by one where what they hold keeps them apart."""
+        logits = self._logits(part)
+        count = part.stop - part.start
+        apart = self.collector.samplewise and count > self.collector.copies
+        if apart and (self.propagate.counts or self.collector.unlike):
+            if self.collector.copies > 1:
+                raise UnsupportedLayerError(
+                    "how many rows are read depends on what the images hold, so that relevance "
+                    "cannot be told apart by sample; use aggregate='sum', or a criterion by sums "
+                    "(lrp-epsilon)"
+                )
+            for place in range(part.start, part.stop):
+                self._propagate(slice(place, place + 1))
+            return
+        if self.collector.backwards:  # a sum: for gradients given, torch imports sympy
+            labels = self.labels[part].to(logits.device)
+            (logits * start_gradient(logits.detach(), labels, self.start)).sum().backward()
+        self.collector.end()
 
-def _steps(outputs: Iterable[Tensor]) -> set[Any]:
-    """All steps of the graph by which gradients come back from outputs."""
-    ahead, found = [t.grad_fn for t in outputs], set()
-    while ahead:
-        step = ahead.pop()
-        if step is not None and step not in found:
-            found.add(step)
-            ahead += [before for before, _ in step.next_functions]
-    return found
-
-
-def _moving(network: nn.Module, scored: Mapping[str, Tensor], images: Tensor) -> set[str]:
-    """Names of the scored weights on which the outputs depend, to ordinary gradients.
-
-    None where there are no such gradients; what the forward pass cannot do is told elsewhere.
-    """
-    names = {id(weight): name for name, weight in scored.items()}
-    found: set[str] = set()
-    every = list(network.parameters())
-    wanted = [p.requires_grad for p in every]
-    try:
-        for p in every:  # a model may keep what it makes of others, which must not bring gradients
-            p.requires_grad_(id(p) in names)
-        images = own(images, network)
-        if images.is_floating_point():  # a reentrant checkpoint asks for it
-            images = 1 * images.requires_grad_(True)
-        with FullPrecision():
-            outputs = [t for t in tensors(network(images)) if t.requires_grad]
-        leaves = {id(getattr(step, "variable", None)) for step in _steps(outputs)}
-        found = {name for place, name in names.items() if place in leaves}
-        reduce(torch.add, [t.sum() for t in outputs]).backward()
-        found |= {n for n, w in scored.items() if w.grad is not None and bool(w.grad.any())}
-    except Exception:
-        return found
-    finally:
-        for p, before in zip(every, wanted, strict=True):
-            p.grad = None
-            p.requires_grad_(before)
-    return found
+    def _logits(self, part: slice) -> Tensor:
+        """Logits [batch, classes] of some images, which take their share where they are factors."""
+        images = self.collector.begin(own(self.images[part], self.propagate.model))
+        logits = self.propagate(images.requires_grad_() if self.collector.shares else images)
+        check_finite(logits)
+        late = self.propagate.shares and not self.collector.shares  # unlike those followed before
+        if not late or self.constant or not images.is_floating_point():
+            return logits
+        try:
+            self.collector.shares = True
+            return self._logits(part)
+        except UnsupportedLayerError:
+            self.collector.shares, self.constant = False, True
+            return self._logits(part)
 
 
 @torch.inference_mode(False)
@@ -225,24 +224,38 @@ def totals(
     ----------
     model, images, labels, how
         As for ``Run``.
-    wanted : {"sum", "abs", "rms", "moments"}
-        Relevance summed; its absolute values or its squares in each sample summed; or, without
-        any relevance, the squared input of each connection summed over samples and positions.
+    wanted : {"sum", "abs", "rms", "squares", "moments"}
+        Relevance summed; its absolute values summed; the root of its mean square; its squares
+        summed; or, without any relevance, the squared input of each connection summed over samples
+        and positions.
 
     Returns
     -------
     dict of str to Tensor
-        Weight name -> total, shaped, typed and placed like the weight.
+        Weight name -> total, shaped, typed and placed like the weight; squares of what is in half
+        precision in float32.
 
     Raises
     ------
     UnsupportedLayerError, ValueError
-        As for ``weight_relevance``; also ValueError for an unknown ``wanted``.
+        As for ``weight_relevance``; also ValueError for an unknown ``wanted``, and for totals
+        beyond the range of their dtype.
     """
     if wanted not in WANTED:
         raise ValueError(f"unknown total {wanted!r}; known: {', '.join(WANTED)}")
     run = Run(WANTED[wanted], model, images, labels, **how)
     weights = dict(unwrapped(model).named_parameters())
     found = run.folded.stored(run.collect().found())
+    for name, total in found.items():
+        if not total.isfinite().all():
+            raise ValueError(
+                f"scores of {name!r} leave the range of {str(total.dtype).removeprefix('torch.')}: "
+                "give images in units in which activations are of about order one, or the model "
+                "and the images in float64"
+            )
+    if wanted == "rms":
+        found = {name: (total / len(images)).sqrt_() for name, total in found.items()}
+    if wanted == "squares":
+        return found
     # In half precision everything is computed in float32.
     return {name: total.to(weights[name].dtype) for name, total in found.items()}

@@ -1,13 +1,10 @@
 """Collectors: what is added up of the relevance that arrives at weights, units and images."""
 
-from collections import Counter, defaultdict
-
 import torch
 from torch import Tensor
 
 from ..inputs import UnsupportedLayerError
 from .layers import Collector, Key, Layer
-from .operations import Layout, Piece, find_samples, per_sample
 
 
 class Collected(Collector):
@@ -32,12 +29,16 @@ class Collected(Collector):
         Whether a rule gives relevance to pixels that are zero.
     shares : bool
         Whether images are factors of activations, and take their share of relevance.
+    unlike : bool
+        Whether a weight has other uses in this batch, or reads other numbers of rows, than for the
+        images that were followed.
     """
 
     backwards: bool = True
     copies: int = 1
     direct: bool = False
     shares: bool = False
+    unlike: bool = False
 
     def __init__(self, weights: dict[str, Tensor]):
         self.weights, self.samples = weights, 0
@@ -88,94 +89,6 @@ class Sums(PerWeight):
         total = self.total(layer.place)
         relevance = (g * w).reshape(-1, *total.shape[1:])  # [look-ups, ...]
         total.index_add_(0, indices.reshape(-1), relevance)
-
-
-class PerSample(PerWeight):
-    """A power of the relevance of each weight in each sample, summed over samples."""
-
-    samplewise = True
-    power: int  # 1: absolute values, 2: squares
-    stacked = 1  # samples that propagation sees for each image of a batch
-
-    def __init__(self, weights: dict[str, Tensor]):
-        super().__init__(weights)
-        # by place in the first batch, what each use of a weight reads for some images alone
-        self.singles: dict[int, list[tuple[Key | None, Tensor]]] = {}
-        self.layouts: list[Layout | None] = []  # of each use
-        self.uses: Counter[Key | None] = Counter()
-        self.pieces: dict[Key, list[Piece]] = defaultdict(list)
-
-    def follow(self, place: int) -> None:
-        self.read = self.singles[place] = []
-
-    def begin(self, images: Tensor) -> Tensor:
-        self.uses.clear()
-        self.number = 0  # of uses in this batch
-        return super().begin(images)
-
-    def use(self, layer: Layer, a: Tensor) -> None:
-        if not self.samples:
-            self.read.append((layer.key, a.detach()))
-            return
-        number = self.number % len(self.read)
-        for read in self.singles.values():
-            key, single = read[number] if len(read) == len(self.read) else (None, a)
-            if key != layer.key:
-                raise UnsupportedLayerError(
-                    f"whether {(layer.key or key or ('',))[0]!r} is used depends on the images, so "
-                    "that relevance cannot be told apart by sample; use aggregate='sum' or "
-                    "batch_size=1, or a criterion by sums (lrp-epsilon)"
-                )
-        if number == len(self.layouts):
-            singles = {place: read[number][1] for place, read in self.singles.items()}
-            samples = self.stacked * self.samples
-            self.layouts.append(find_samples(a.detach(), singles, samples, self.copies))
-        layer.layout = self.layouts[number]
-        self.number += 1
-        self.uses[layer.key] += 1
-
-    def weight(self, layer: Layer, s: Tensor, a: Tensor, w: Tensor, grad: Tensor | None) -> None:
-        s, a = (layer.by_sample(t, self.samples) for t in (s, a))
-        self.pieces[layer.place].append((layer.operation, s, a, w))
-
-    def done(self, layer: Layer) -> None:
-        """Add up a weight once all its uses have got their relevance, to free what it took."""
-        self.uses[layer.key] -= 1
-        if not self.uses[layer.key]:
-            self._reduce(layer.place)
-
-    def end(self) -> None:
-        """Add up the weights of which some use got none."""
-        for key in list(self.pieces):
-            self._reduce(key)
-
-    def _reduce(self, key: Key) -> None:
-        if key in self.pieces:
-            per_sample(self.pieces.pop(key), self.samples, self.power, self.total(key))
-
-    def rows(self, layer: Layer, indices: Tensor, g: Tensor, w: Tensor) -> None:
-        indices, g, w = (layer.by_sample(t, self.samples) for t in (indices, g, w))
-        total = self.total(layer.place)
-        size, width = len(total), total[0].numel()
-        flat, g, w = indices.reshape(-1), g.reshape(-1, width), w.reshape(-1, width)
-        sample = torch.arange(len(flat), device=flat.device) * self.samples // len(flat)
-        pairs, where = torch.unique(sample * size + flat, return_inverse=True)
-        # relevance of each pair of a sample and a row it looks up: [pairs, width]
-        relevance = g.new_zeros(len(pairs), width).index_add_(0, where, g * w)
-        relevance = relevance.abs() if self.power == 1 else relevance.square()
-        total.index_add_(0, pairs % size, relevance.view(-1, *total.shape[1:]))
-
-
-class Absolutes(PerSample):
-    """Absolute relevance of each weight in each sample, summed over samples."""
-
-    power = 1
-
-
-class Squares(PerSample):
-    """Squared relevance of each weight in each sample, summed over samples."""
-
-    power = 2
 
 
 class InputMoments(PerWeight):

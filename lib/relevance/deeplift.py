@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..checks import check_samples
+from ..inputs import evaluated
 from .collect import Run
-from .collectors import Absolutes
 from .layers import Layer
+from .persample import Absolutes
 
 AS_MODULES = {F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.tanh: nn.Tanh,
               torch.sigmoid: nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh,
@@ -24,8 +26,8 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     ImportError
         Captum is not installed.
     ValueError
-        The attributions do not add up to the change of the output, since Captum does not know
-        some nonlinearity; also as ``lib.relevance.weight_relevance``.
+        The images are integers; or the attributions do not add up to the change of the output,
+        since Captum does not know some nonlinearity; also as ``lib.relevance.weight_relevance``.
 
     Notes
     -----
@@ -44,6 +46,9 @@ def deeplift(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     except ImportError as error:
         raise ImportError('DeepLIFT needs captum: pip install "xai-compression[study]"') from error
 
+    check_samples(images, labels)
+    if not images.is_floating_point():
+        raise ValueError("DeepLIFT compares images with their mean: it needs floats, no tokens")
     network = _separate_activations(model)
     run = Run(Differences, network, images, labels, "lrp-0", "target", ordinary=True)
     reference = images.mean(0, keepdim=True).to(run.device)  # [1, ...]
@@ -98,7 +103,7 @@ class _Traced(nn.Module):
 def _separate_activations(model: nn.Module) -> nn.Module:
     """A copy whose activations are modules used once, as Captum needs; as it is if untraceable."""
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+        traced = fx.symbolic_trace(evaluated(copy.deepcopy(model)))
     except Exception:  # a forward with data-dependent control flow fails in ways of its own
         return model
     modules, seen = dict(traced.named_modules()), set()

@@ -53,8 +53,13 @@ OPERANDS = (
     "batch2", "tensor2", "vec",
 )  # fmt: skip
 CONSTANTS = {
-    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
-    "empty_like",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like",
+    "full_like", "empty_like",
+}  # fmt: skip
+# What tells how many, by values rather than shapes: of rows, of entries, of turns of a loop
+COUNTING = {
+    "masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "item", "tolist",
+    "pack_padded_sequence",
 }  # fmt: skip
 UNSEEN = {"grad_fn", "requires_grad", "register_hook"}
 NUMBERS = {"__float__", "__int__", "__complex__"}  # of one activation, that relevance cannot reach

@@ -185,9 +185,9 @@ class Activate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        """``R / x = g out / x``, 0 where the input is 0."""
+        """``R / x = g out / x``, 0 where the input is 0; conjugate, as autograd's gradients are."""
         x, out = ctx.saved_tensors
-        return torch.mul(g, out).div_(torch.where(x == 0, torch.inf, x)), None
+        return torch.mul(g, out.conj()).div_(torch.where(x == 0, torch.inf, x).conj()), None
 
 
 class Embed(torch.autograd.Function):

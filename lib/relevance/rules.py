@@ -25,7 +25,9 @@ class Rule:
         images also ``flat`` and ``box``.
     epsilon : float
         Added to every denominator with its sign. The default is far below the rounding of
-        anything that matters, so that relevance is conserved; zennit's default is 1e-6.
+        anything that matters, so that relevance is conserved; zennit's default is 1e-6. Where the
+        rule is ``epsilon`` the default stands for the limit of no ε at all, whatever the scale of
+        the activations; the other rules want images in units that make them more than 1e-8.
     gamma : float
         Extra weight of the favoured sign in ``gamma``.
     gate : {"shapley", "signal", "half"}
@@ -87,8 +89,8 @@ class Rule:
 
     def is_gradient(self, dtype: torch.dtype) -> bool:
         """Whether the shares ``R_k / z_k`` equal the incoming gradient to machine precision."""
-        negligible = self.name == "epsilon" and self.epsilon < torch.finfo(dtype).eps ** 2
-        return negligible or self.name == "lrp-0"
+        negligible = max(EPSILON, torch.finfo(dtype).eps ** 2)
+        return self.name == "lrp-0" or (self.name == "epsilon" and self.epsilon <= negligible)
 
 
 RULES = ("epsilon", "lrp-0", "zplus", "gamma", "alpha2beta1", "flat", "box")

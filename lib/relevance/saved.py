@@ -61,4 +61,6 @@ class Saved(saved_tensors_hooks):
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().flatten().view(torch.uint8)  # in which NaN equals itself
+    return (
+        t.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    )  # in which NaN equals itself

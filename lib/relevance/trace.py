@@ -50,6 +50,8 @@ class Propagation(TorchFunctionMode):
         Paths of the layers that read the images.
     shares : bool
         Whether images are multiplied by activations, so that they have to take their share.
+    counts : bool
+        Whether how many rows layers read may depend on what the images hold.
     spreads : dict
         Shape of each sum of looked-up rows and activations in the first pass, and its images.
     """
@@ -88,7 +90,7 @@ class Propagation(TorchFunctionMode):
         self.changes = Changes(self.vouch, self.refuse)
         self.origins = Origins(self.fixed)
         self.readers: list[str] = []
-        self.shares, self.number = False, 0
+        self.shares, self.counts, self.number = False, False, 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, connected to the images and to the collector."""
@@ -170,6 +172,7 @@ class Propagation(TorchFunctionMode):
             if self.recording and not torch.is_grad_enabled():
                 stack.enter_context(torch.enable_grad())
             args, kwargs = self.changes.current((args, kwargs))
+            self.counts |= self._counts(name, args, kwargs)
             if name not in LAYERS and name not in NORMALISATIONS:
                 args = kinds.positional(args, kwargs)
             scored = [t for t in tensors((args, kwargs)) if place(self, t)]
@@ -189,6 +192,17 @@ class Propagation(TorchFunctionMode):
                     read = args[:1] if name in kinds.LIKE | {"to"} else read
                     self.origins.note(read, (result, target))
             return self.vouch(result)
+
+    def _counts(self, name: str, args: tuple, kwargs: dict) -> bool:
+        """Whether a function chooses among rows by values that depend on the images."""
+        if name == "getitem":
+            by = [t for t in tensors(args[1:]) if t.dtype == torch.bool]
+        elif name in kinds.COUNTING or (name == "where" and len(args) + len(kwargs) == 1):
+            by = [t for t in tensors((args, kwargs)) if not t.is_floating_point()]
+            by = by or list(tensors(args[:1])) * (name not in ("item", "tolist"))
+        else:
+            by = []
+        return any(not self.origins.constant(t) for t in by)
 
     def vouch(self, result: Any) -> Any:
         """The same; its tensors carry relevance as a function seen here made them."""

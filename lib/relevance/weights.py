@@ -158,7 +158,10 @@ def _index(func: Callable, every: Tensor, rest: tuple, kwargs: dict) -> Tensor |
         return None
     if func is not Tensor.__getitem__ and kwargs.get("dim", first) not in (0, -2):
         return None
-    return func(every, *(0 if first == -2 else r for r in rest), **kwargs)
+    if func is not Tensor.__getitem__:  # of a matrix's axes, rows are the last but one
+        rest = (0, *rest[1:]) if rest else rest
+        kwargs = kwargs | {"dim": 0} if "dim" in kwargs else kwargs
+    return func(every, *rest, **kwargs)
 
 
 def _rows_of(mode: Forward, weight: Tensor, key: Key) -> Tensor:
