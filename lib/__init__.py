@@ -3,7 +3,7 @@
 To read first: ``compress`` (remove -> repair -> quantize -> file), then ``score`` (images to
 scores), then ``prune`` (scores to masks). The rooms, each using only those above it:
 
-- ``fields``, ``files``, ``progress``, ``inputs``, ``checks``: what users give, checked
+- ``warning``, ``fields``, ``files``, ``progress``, ``inputs``, ``checks``: what users give, checked
 - ``codes``, ``codec``: codes to a checked file and back
 - ``batchnorm``, ``dense``, ``fold``: BatchNorm folded once on entry, unfolded once at the end
 - ``linear``, ``patches``, ``attention``, ``moments``, ``leastsquares``, ``lockstep``: layers as

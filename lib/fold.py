@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from .batchnorm import BATCHNORMS, FOLDABLE, TRANSPOSED, found_pairs, sure_of_axis
 from .codec import Compressed, Constant
 from .dense import as_linear, dense_layers
-from .inputs import HALVES, copied, evaluated, probed, split, spread, tensors
+from .inputs import HALVES, copied, evaluated, probed, split, spread, tensors, tensors_of
 
 COMPARED, BATCH = 8, 50  # images on which outputs are compared; so many run at a time
 
@@ -153,35 +153,45 @@ def fold(model: nn.Module, images: Tensor | None = None) -> Folded:
         return Folded(model, as_linear(_fuse(network, pairs), own), pairs, own)
     if not (pairs or own):
         return Folded(model, network, {})
-    if sure:  # more where a layer is only guessed
-        images = spread(images, 32 * COMPARED if own else COMPARED)
-    before = _outputs(network, images)
+    dense: dict[str, bool] = {}
+    # more where a layer is only guessed
+    some = spread(images, 32 * COMPARED if own else COMPARED)
+    if own:
+        network, dense = _kept(network, some, as_linear, own, lambda *_: True)
 
-    def kept(
-        change: Callable, wanted: dict[str, Any], fits: Callable[[nn.Module, dict], bool]
-    ) -> dict[str, Any]:
-        """Change the network where that leaves its outputs as they are: all at once, or singly."""
-        nonlocal network
-        done: dict[str, Any] = {}
-        for some in (wanted, *({path: what} for path, what in wanted.items())):
-            if some and not done.keys() >= some.keys():
-                changed = change(_sharing(network), some)
-                if _gives(changed, images, before) and fits(changed, done | some):
-                    network, done = changed, done | some
-        return done
-
-    def unfolds(changed: nn.Module, folded: dict[str, str]) -> bool:
+    def unfolds(changed: nn.Module, images: Tensor, folded: dict[str, str]) -> bool:
         """Whether other biases can be brought back to where they came from."""
         if sure:
             return True
         moved = _moved(changed, folded.values())
-        unfolded = Folded(model, moved, folded, dense).unfold(moved.state_dict())
-        back = Compressed(unfolded).to_model(_floats(evaluated(copied(model))))
-        return _gives(back, images, _outputs(moved, images))
+        try:
+            unfolded = Folded(model, moved, folded, dense).unfold(tensors_of(moved))
+            back = Compressed(unfolded).to_model(_floats(evaluated(copied(model))))
+            return _gives(back, images, _outputs(moved, images))
+        except Exception:  # in ways of the user's own: of loading, or where activations go
+            return False
 
-    dense = kept(as_linear, own, lambda *_: True)
-    pairs = kept(_fuse, pairs, unfolds)
-    return Folded(model, network, pairs, dense)
+    fused, found = _kept(network, some, _fuse, pairs, unfolds)
+    if not sure and found and len(some) < len(images):  # others may go other ways
+        holds = _gives(fused, images, _outputs(network, images)) and unfolds(fused, images, found)
+        if not holds:
+            fused, found = _kept(network, images, _fuse, found, unfolds)
+    return Folded(model, fused, found, dense)
+
+
+def _kept(
+    network: nn.Module, images: Tensor, change: Callable, wanted: Mapping[str, Any],
+    fits: Callable[[nn.Module, Tensor, dict], bool],
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    """The network changed where that leaves its outputs as they are: all at once, or singly."""
+    before = _outputs(network, images) if wanted else images
+    done: dict[str, Any] = {}
+    for some in (dict(wanted), *({path: what} for path, what in wanted.items())):
+        if some and not done.keys() >= some.keys():
+            changed = change(_sharing(network), some)
+            if _gives(changed, images, before) and fits(changed, images, done | some):
+                network, done = changed, done | some
+    return network, done
 
 
 def fold_batchnorm(model: nn.Module, images: Tensor | None = None) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lib import Recipe, Uniform, compress
 from lib.fold import fold
-from lib.relevance import UnsupportedLayerError, weight_relevance
+from lib.relevance import UnsupportedLayerError, totals, weight_relevance
 
 EIGHT = Recipe(store=Uniform(8))
 
@@ -109,6 +109,40 @@ def test_a_batchnorm_whose_input_has_another_reader_is_not_folded():
         assert float((decoded - model(x.float())).norm() / model(x.float()).norm()) < 0.3
 
 
+class Says(nn.Module):
+    """With state of its own, or that is loaded in a way of its own."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.what = what
+        self.a, self.norm, self.c = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.norm.running_var.uniform_(0.2, 3)
+
+    def forward(self, x):
+        h = self.norm(self.a(x)) if x.shape[-1] > 4 else self.a(x)  # no graph can be traced
+        if self.what == "limits" and h.abs().max() > 6:
+            raise RuntimeError("activations out of range")
+        return self.c(h.relu())
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return state | {"epoch": 3} if self.what == "a number" else state
+
+    def load_state_dict(self, *args, **kwargs):
+        if self.what == "loading":
+            raise NotImplementedError
+        return super().load_state_dict(*args, **kwargs)
+
+
+@pytest.mark.parametrize("what", ["nothing", "a number", "loading", "limits"])
+def test_what_cannot_be_unfolded_is_scored_as_it_is(what):
+    model, (x, y) = Says(what).double().eval(), _data(6)
+    plain = Says("nothing").double().eval()
+    assert fold(plain, x).pairs == {"norm": "a"}
+    torch.testing.assert_close(weight_relevance(model, x, y), weight_relevance(plain, x, y))
+
+
 def _ragged(m, x):
     real = x[..., 0] != 0  # rows of zeros are padding
     total = x.new_zeros(len(x), 8).index_add(0, real.nonzero()[:, 0], m.a(x[real]).relu())
@@ -125,6 +159,33 @@ def _experts(m, x):
     return m.c(m.b(out.view(len(x), -1, 8).mean(1)).relu())
 
 
+def _by_slices(m, x):
+    rows = [image[:n] for image, n in zip(x, (x[..., 0] != 0).sum(1), strict=True)]
+    return _gathered(m, x, rows)
+
+
+def _by_numbers(m, x):
+    counts = (x[..., 0] != 0).double().sum(1)
+    return _gathered(m, x, [image[: int(n)] for image, n in zip(x, counts, strict=True)])
+
+
+def _gathered(m, x, rows):
+    owner = torch.cat([torch.full((len(each),), i) for i, each in enumerate(rows)])
+    total = x.new_zeros(len(x), 8).index_add(0, owner, m.a(torch.cat(rows)).relu())
+    return m.c(m.b(total).relu())
+
+
+def _repeated(m, x):
+    counts = (x[..., 0] != 0).sum(1)
+    rows = x.sum(1).repeat_interleave(counts, 0)
+    owner = torch.arange(len(x)).repeat_interleave(counts)
+    return m.c(m.b(x.new_zeros(len(x), 8).index_add(0, owner, m.a(rows).relu())).relu())
+
+
+def _squeezed(m, x):
+    return _ragged(m, x).squeeze()
+
+
 LENGTHS = {
     "short ones later": [5] * 40 + [1, 2, 3] * 8,
     "in turn": [2, 1, 3] * 21 + [2],
@@ -133,7 +194,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("way", [_ragged, _experts])
+@pytest.mark.parametrize("way", [_ragged, _experts, _by_slices, _by_numbers, _repeated])
 def test_rows_of_unequal_number_belong_to_their_image(way, lengths):
     x, y = _data(5, 6)
     for image, length in zip(x, LENGTHS[lengths], strict=True):
@@ -141,6 +202,31 @@ def test_rows_of_unequal_number_belong_to_their_image(way, lengths):
     model = _net(way, e=nn.Linear(6, 8, bias=False))
     for size in (32, 6):
         _check(model, x, y, batch_size=size)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_of_unequal_number_in_a_network_that_squeezes_are_refused(size):
+    x, y = _data(5, 6)
+    for image, length in zip(x, LENGTHS["in turn"], strict=True):
+        image[length:] = 0
+    with pytest.raises(UnsupportedLayerError, match="which rows belong to which image"):
+        weight_relevance(_net(_squeezed), x, y, aggregate="abs", batch_size=size)
+
+
+def test_checks_of_the_images_leave_batches_together():
+    seen = []
+
+    def forward(m, x):
+        seen.append(len(x))
+        if torch.isnan(x).any().item() or not bool((x.abs() < 99).all()):
+            raise ValueError("strange images")
+        return _plain(m, x[:, m.chosen])
+
+    model = _net(forward)
+    model.chosen = torch.tensor([True] * 6 + [False])
+    x, y = _data(7)
+    _check(model, x, y)
+    assert seen.count(32) == 6  # three aggregates, two batches each
 
 
 def test_images_that_are_factors_for_later_ones_only_take_their_share():
@@ -158,6 +244,11 @@ def test_images_that_are_factors_for_later_ones_only_take_their_share():
         for turned in (False, True)
     ]
     torch.testing.assert_close(*scores)
+    moments = [
+        totals(_net(forward), images, y, wanted="moments", batch_size=1)
+        for images in (x, x.flip(0))
+    ]
+    torch.testing.assert_close(*moments)
 
 
 ALIKE = {

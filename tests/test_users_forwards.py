@@ -324,13 +324,14 @@ def test_samples_are_found_whatever_the_images(spread, images, aggregate):
     torch.testing.assert_close(together, apart)
 
 
-def test_samples_that_nothing_tells_apart_are_refused():
+def test_samples_that_nothing_tells_apart_are_taken_one_by_one():
     x, y = torch.ones(24, 8).double(), torch.arange(24) % 3
-    model = _net(lambda m, x: m.d(m.a(torch.cat([x, x])).relu().unflatten(0, (2, -1)).sum(0)))
-    with pytest.raises(UnsupportedLayerError, match="'a.weight' cannot be told apart by sample"):
-        weight_relevance(model, x, y, aggregate="abs")
-    _check(model, x, y)
-    weight_relevance(model, x, y, aggregate="abs", batch_size=1)
+    rows, mean = SPREAD["behind each other"]
+    model = _net(lambda m, x: m.d(mean(m.a(rows(x)).relu() * torch.tensor([1.0, 2, 3, 1, 2, 3]))))
+    together, apart = (
+        weight_relevance(model, x, y, aggregate="abs", batch_size=size) for size in (24, 1)
+    )
+    torch.testing.assert_close(together, apart)
 
 
 def _halved(values):

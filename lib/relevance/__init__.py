@@ -9,7 +9,8 @@ weight costs about one backward pass. Each file imports from those before it alo
 3. ``kinds`` (functions by name), ``factors`` (gates and normalisers), ``origins`` (what comes from
    the images alone), ``functions``, ``norms``, ``weights`` (outside of their layers), ``changes``
    (in place), ``passing`` (functions that are no layers), ``trace``: how calls are replaced;
-4. ``collectors``, ``collect``: what is added up, and the run over all samples;
+4. ``collectors``, ``persample``: what is added up; ``saved`` (what must not change), ``moving``
+   (what moves the outputs), ``collect``: the run over all samples;
 5. ``deeplift``.
 """
 

@@ -79,6 +79,7 @@ class Run(Generic[C]):
         self.images, self.labels = images, labels.long()
         self.start, self.batch_size = start, batch_size
         self.constant = False  # whether images are no factors, whatever they are multiplied by
+        self.apart = False  # whether what images hold keeps them apart
         self.folded = fold(model if output is None else copied(model, output), images)
         private = self.folded.network
         for module in private.modules():  # they watch gradients, which relevance is not
@@ -179,19 +180,21 @@ class Run(Generic[C]):
 
     def _propagate(self, part: slice) -> None:
         """Some images at once, or one by one where what they hold keeps them apart."""
-        logits = self._logits(part)
-        count = part.stop - part.start
-        apart = self.collector.samplewise and count > self.collector.copies
-        if apart and (self.propagate.counts or self.collector.unlike):
+        several = self.collector.samplewise and part.stop - part.start > 1
+        logits = None if several and self.apart else self._logits(part)
+        self.apart |= several and (self.propagate.counts or self.collector.unlike)
+        if several and self.apart:
+            del logits  # and with it the graph of the whole batch
             if self.collector.copies > 1:
                 raise UnsupportedLayerError(
-                    "how many rows are read depends on what the images hold, so that relevance "
-                    "cannot be told apart by sample; use aggregate='sum', or a criterion by sums "
-                    "(lrp-epsilon)"
+                    "which rows belong to which image cannot be told: how many are read depends on "
+                    "what images hold, or these are alike; use aggregate='sum', or a criterion by "
+                    "sums (lrp-epsilon)"
                 )
             for place in range(part.start, part.stop):
                 self._propagate(slice(place, place + 1))
             return
+        assert logits is not None
         if self.collector.backwards:  # a sum: for gradients given, torch imports sympy
             labels = self.labels[part].to(logits.device)
             (logits * start_gradient(logits.detach(), labels, self.start)).sum().backward()
@@ -203,7 +206,8 @@ class Run(Generic[C]):
         logits = self.propagate(images.requires_grad_() if self.collector.shares else images)
         check_finite(logits)
         late = self.propagate.shares and not self.collector.shares  # unlike those followed before
-        if not late or self.constant or not images.is_floating_point():
+        possible = self.collector.backwards and images.is_floating_point() and not self.constant
+        if not late or not possible:
             return logits
         try:
             self.collector.shares = True

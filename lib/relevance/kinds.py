@@ -56,11 +56,15 @@ CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like",
     "full_like", "empty_like",
 }  # fmt: skip
-# What tells how many, by values rather than shapes: of rows, of entries, of turns of a loop
+# What tells how many rows there are by values rather than shapes, whatever it is given
 COUNTING = {
-    "masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "item", "tolist",
+    "masked_select",
+    "nonzero",
+    "argwhere",
+    "unique",
+    "unique_consecutive",
     "pack_padded_sequence",
-}  # fmt: skip
+}
 UNSEEN = {"grad_fn", "requires_grad", "register_hook"}
 NUMBERS = {"__float__", "__int__", "__complex__"}  # of one activation, that relevance cannot reach
 CUT = {"relu6", "hardtanh"}  # on both sides

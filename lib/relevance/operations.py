@@ -162,7 +162,7 @@ def _matrices(
 
 def find_samples(
     batch: Tensor, singles: Mapping[int, Tensor], samples: int, copies: int = 1
-) -> Layout | None:
+) -> tuple[Layout | None, bool]:
     """Find the samples in a layer's input.
 
     Parameters
@@ -176,18 +176,19 @@ def find_samples(
     Returns
     -------
     Layout or None
-        None if the batch does not contain these samples by themselves along one axis, or does so
-        in either way although the layer tells them apart.
+        None if the batch does not contain these samples by themselves along one axis.
+    bool
+        Whether it contains them in one way alone, or in none.
     """
     if samples == 1:
-        return (0, False)
+        return (0, False), True
     shape = next(iter(singles.values())).shape
     if not batch.numel() or not shape.numel():
-        return None
+        return None, True
     sizes = enumerate(zip(batch.shape, shape, strict=False))
     axis = next((d for d, (size, one) in sizes if copies * size == samples * one), None)
     if axis is None or shape[axis] % copies:
-        return None
+        return None, True
     nothing = batch.is_floating_point() and not batch.any()
     ways = {
         fastest: _distance(batch, singles, axis, samples, copies, fastest)
@@ -195,7 +196,7 @@ def find_samples(
     }
     best = min(ways, key=lambda fastest: ways[fastest])
     clear = all(far > 10 * ways[best] + ROUNDING for way, far in ways.items() if way != best)
-    return (axis, best) if ways[best] < NEAR and clear else None
+    return ((axis, best), clear) if ways[best] < NEAR else (None, True)
 
 
 def _distance(
@@ -211,7 +212,8 @@ def _distance(
             if other.shape != parts[place].shape:
                 return math.inf
             if single.is_floating_point():
-                far = max(far, float((parts[place] - other).abs().max()) / scale)
+                gap = float((parts[place] - other).abs().max()) / scale
+                far = max(far, gap) if gap == gap else math.inf
             elif not torch.equal(parts[place], other):  # indices
                 return math.inf
     return far

@@ -21,7 +21,7 @@ class PerSample(PerWeight):
         super().__init__(weights)
         # by place in the first batch, what each use of a weight reads for some images alone
         self.singles: dict[int, list[tuple[Key | None, Tensor]]] = {}
-        self.layouts: dict[int, Layout | None] = {}  # by the number of the use
+        self.layouts: dict[int, tuple[Layout | None, bool]] = {}  # by the number of the use
         self.uses: Counter[Key | None] = Counter()
         self.pieces: dict[Key, list[Piece]] = defaultdict(list)
         self.made: dict[Key, Tensor] = {}  # of one image, by what was computed from the weight
@@ -52,12 +52,13 @@ class PerSample(PerWeight):
         if alike and number not in self.layouts:
             singles = {place: read[number][1] for place, read in self.singles.items()}
             self.layouts[number] = find_samples(a.detach(), singles, samples, self.copies)
-        layer.layout = self.layouts[number] if alike else None
-        if layer.stored and layer.layout is None:  # for each image the same, which each uses
-            alike = False
+        layer.layout, clear = self.layouts[number] if alike else (None, True)
+        # without a layout: read by all images together, such as a table; one that is added to what
+        # is their own is looked up once more for each, one that a layer is computed from is not
+        alike &= clear and not (layer.stored and layer.layout is None)
         if layer.layout is not None:
             axis, (_, single) = layer.layout[0], reads[0]
-            alike = self.copies * a.shape[axis] == samples * single.shape[axis]
+            alike &= self.copies * a.shape[axis] == samples * single.shape[axis]
         if not alike and layer.key is not None:
             layer.layout, self.unlike = None, True
 

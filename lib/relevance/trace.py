@@ -91,6 +91,8 @@ class Propagation(TorchFunctionMode):
         self.origins = Origins(self.fixed)
         self.readers: list[str] = []
         self.shares, self.counts, self.number = False, False, 0
+        held = (t for module in self.model.modules() for t in tensors(list(vars(module).values())))
+        self.kept = {memory(t): t for t in held}  # and not made by this pass
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, connected to the images and to the collector."""
@@ -196,13 +198,19 @@ class Propagation(TorchFunctionMode):
     def _counts(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Whether a function chooses among rows by values that depend on the images."""
         if name == "getitem":
-            by = [t for t in tensors(args[1:]) if t.dtype == torch.bool]
-        elif name in kinds.COUNTING or (name == "where" and len(args) + len(kwargs) == 1):
-            by = [t for t in tensors((args, kwargs)) if not t.is_floating_point()]
-            by = by or list(tensors(args[:1])) * (name not in ("item", "tolist"))
+            index = args[1] if isinstance(args[1], tuple) else args[1:]
+            bounds = [(i.start, i.stop, i.step) for i in index if isinstance(i, slice)]
+            masks = [t for t in tensors(index) if t.dtype in (torch.bool, torch.uint8)]
+            by = [*tensors(bounds), *masks]
+        elif name == "where":
+            by = list(tensors((args, kwargs))) * (len(args) + len(kwargs) == 1)
+        elif name == "repeat_interleave":
+            by = list(tensors((args[1:], kwargs)))
+        elif name in ("item", "tolist", "index"):  # branches show by which layers are used
+            by = [t for t in tensors(args) if t.dtype != torch.bool or name == "tolist"]
         else:
-            by = []
-        return any(not self.origins.constant(t) for t in by)
+            by = list(tensors((args, kwargs))) * (name in kinds.COUNTING)
+        return any(not self.origins.constant(t) and memory(t) not in self.kept for t in by)
 
     def vouch(self, result: Any) -> Any:
         """The same; its tensors carry relevance as a function seen here made them."""
