@@ -2,7 +2,7 @@
 
 On the processor that wrote the committed files all columns agree exactly. Others round differently;
 fine-tuning and greedy choices amplify it, and a network may then classify a few of the 360 test
-images otherwise. How far that went between two processors (AVX-512 of two generations) is what the
+images otherwise. How far that went between three processors (AVX-512 of three kinds) is what the
 tolerances below allow, with as much again to spare; beyond it something has changed.
 
 The accuracy of a network that collapsed means nothing beyond that it collapsed: any rounding
@@ -25,6 +25,7 @@ COMMITTED = ROOT / "results" / "quick"
 WRITTEN = Path(os.environ.get("RESULTS_ROOT", ROOT / "results")) / "quick"
 PEERS = {"nncodec.csv", "peers.csv"}  # of `make peers`, which no notebook writes
 TABLES = sorted({path.name for path in COMMITTED.glob("*.csv")} - PEERS)
+MAX_DROP = 1.0  # points that chosen files may lose, where their table does not say
 USEFUL, COLLAPSED = 10, 30  # points lost: below, all is compared; above, that it is as bad still
 
 
@@ -119,6 +120,9 @@ def test_tables_agree(name):
         exact = kind.most == 0
         loose = chosen and column in ("knob", "reached")
         rows = committed.index if exact and not loose else committed.index[useful]
+        if loose and column == "reached":  # accuracies that may move may come to either side
+            margins = pd.concat([_margin(t.loc[rows]) for t in (committed, written)], axis=1)
+            rows = rows[(margins > kind_of("val_accuracy").usual).all(axis=1)]
         then, now = committed.loc[rows, column], written.loc[rows, column]
         if exact:
             assert now.equals(then), (column, committed.loc[rows][now != then])
@@ -132,6 +136,12 @@ def test_tables_agree(name):
         assert moved.max() <= kind.most, (column, kind.why, worst)
         if len(moved) >= 10:
             assert moved.quantile(0.9) <= kind.usual, (column, kind.why, worst)
+
+
+def _margin(table):
+    """Points between what a chosen file loses on the validation split and what it may lose."""
+    lost = table["base_val_accuracy"] - table["val_accuracy"]
+    return (lost - table.get("max_drop", MAX_DROP)).abs()
 
 
 def claims(folder):
