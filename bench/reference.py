@@ -95,7 +95,10 @@ class _Modified(fx.Interpreter):
         if self.fed.intersection(node.all_input_nodes):
             self.fed.add(node)
         elif name not in LOOKUPS and self.weights.intersection(node.all_input_nodes):
-            self.weights.add(node)  # a view of one, or computed from some
+            layers = {"mm": (0, 1), "addmm": (1, 2), "convolution": (0, 1)}.get(name, ())
+            if all(node.args[place] in self.weights for place in layers):
+                self.weights.add(node)  # a view of one, or computed from some
+            # else what a layer makes of a constant, such as positions: an activation
         active = [
             _active(a) and n not in self.weights for a, n in zip(args, node.args, strict=True)
         ]
