@@ -212,6 +212,13 @@ def write(rows: dict[str, dict], order: list[str]) -> None:
         table.writerows(sorted(rows.values(), key=lambda row: order.index(row["model"])))
 
 
+BEYOND = (
+    "The reference knows gates that are made of one sigmoid. One that is a product of two, as in "
+    "WavLM, is halved there; that the library's values are those of the equation is a test "
+    "(`tests/test_gates.py`)."
+)
+
+
 def summary(rows: list[dict], order: list[str]) -> str:
     """What the table says, in Markdown."""
     import timm
@@ -255,6 +262,8 @@ def summary(rows: list[dict], order: list[str]) -> str:
         if some := [row for row in built if chosen(row)]:
             lines += ["", f"## {title}", ""]
             lines += [f"- `{row['model']}`: {row[key].replace('|', '/')}" for row in some]
+    if any(row["values"] == "WRONG" for row in built):
+        lines += ["", BEYOND]
     if missing := [row["model"] for row in rows if row["scored"] == "not built"]:
         lines += ["", "Not built from a small configuration, so not counted: "
                   + ", ".join(f"`{name}`" for name in missing) + "."]  # fmt: skip

@@ -145,6 +145,7 @@ SECOND = {
     "difference": lambda g, h: 3 * g - h,
     "product": lambda g, h: g * h,
     "joined": lambda g, h: torch.cat([g[:, :2], h[:, 2:]], 1),
+    "shifted product": lambda g, h: g * (1.3 * h - 1) + 2,  # as WavLM has it
 }
 
 
