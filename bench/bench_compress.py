@@ -92,7 +92,7 @@ def main():
     table = pd.DataFrame(rows).assign(**{k: str(v) for k, v in provenance(start).items()})
     if OUTPUT.exists():  # rows of other networks stay, each with where it was measured
         before = pd.read_csv(OUTPUT)
-        table = pd.concat([before[~before["model"].isin(table["model"])], table])
+        table = pd.concat([table, before[~before["model"].isin(table["model"])]])
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     table.sort_values("model").to_csv(OUTPUT, index=False)
 

@@ -168,7 +168,7 @@ def main():
         table[key] = str(value)
     if OUTPUT.exists():  # rows of other networks stay, each with where it was measured
         before = pd.read_csv(OUTPUT)
-        table = pd.concat([before[~before["model"].isin(models)], table])
+        table = pd.concat([table, before[~before["model"].isin(models)]]).dropna(axis=1, how="all")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(OUTPUT, index=False)
 
