@@ -7,6 +7,7 @@ is then one sentence about single contributions ``c_n = f_n w_p a_j``: the relev
 n carries from output k is summed over the connections of a weight, or over those of an input.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -381,6 +382,18 @@ class Tape:
         if isinstance(module, (nn.Dropout, nn.Identity)):
             return node
         return module.explain(self, name, node)
+
+
+def by_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Weight x gradient of the true logit [N, ...]: relevance of ReLU networks without biases."""
+    model, found = copy.deepcopy(model), {}
+    for image, label in zip(images.split(1), labels, strict=True):
+        model.zero_grad(set_to_none=True)
+        model(image.clone())[0, label].backward()
+        for name, p in model.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            found.setdefault(name, []).append((p * grad).detach())
+    return {name: torch.stack(each) for name, each in found.items()}
 
 
 def aggregated(per_sample: Tensor, aggregate: str) -> Tensor:

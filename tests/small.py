@@ -24,3 +24,21 @@ class Tied(nn.Module):
 
     def forward(self, t):
         return self.f(self.e(t).mean(1))
+
+
+class Forwarded(nn.Module):
+    """Linear layers without biases, layers that a test adds, and a forward pass that it writes."""
+
+    sizes: dict[str, tuple[int, int]] = {}  # by name inputs and units
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, (inputs, units) in self.sizes.items():
+            setattr(self, name, nn.Linear(inputs, units, bias=False))
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.way = forward
+
+    def forward(self, x):
+        return self.way(self, x)

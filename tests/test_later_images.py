@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import aggregated
+from oracles import aggregated, by_gradient
+from small import Forwarded
 from torch import nn
 
 from lib import Recipe, Uniform, compress
@@ -15,20 +16,8 @@ from lib.relevance import UnsupportedLayerError, totals, weight_relevance
 EIGHT = Recipe(store=Uniform(8))
 
 
-class Net(nn.Module):
-    """Layers without biases, and a forward pass."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        torch.manual_seed(0)
-        for name, (inputs, units) in {"a": (6, 8), "b": (8, 8), "c": (8, 4)}.items():
-            setattr(self, name, nn.Linear(inputs, units, bias=False))
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.way = forward
-
-    def forward(self, x):
-        return self.way(self, x)
+class Net(Forwarded):
+    sizes = {"a": (6, 8), "b": (8, 8), "c": (8, 4)}
 
 
 def _net(forward, **layers):
@@ -40,20 +29,8 @@ def _data(*shape, samples=64):
     return images, torch.arange(samples) % 4
 
 
-def _each(model, x, y):
-    """Weight x gradient of the true logit, image by image: relevance where biases are zero."""
-    model, found = copy.deepcopy(model), {}
-    for image, label in zip(x.split(1), y, strict=True):
-        model.zero_grad(set_to_none=True)
-        model(image.clone())[0, label].backward()
-        for name, p in model.named_parameters():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            found.setdefault(name, []).append((p * grad).detach())
-    return {name: torch.stack(each) for name, each in found.items()}
-
-
 def _check(model, x, y, aggregates=("sum", "abs", "rms"), **how):
-    each = _each(model, x, y)
+    each = by_gradient(model, x, y)
     for aggregate in aggregates:
         for name, score in weight_relevance(model, x, y, aggregate=aggregate, **how).items():
             wanted = aggregated(each[name], aggregate)
@@ -239,10 +216,7 @@ def test_images_that_are_factors_for_later_ones_only_take_their_share():
 
     x, y = _data(6)
     x = x[x[:, 0].argsort()]
-    scores = [
-        weight_relevance(_net(forward), x.flip(0) if turned else x, y.flip(0) if turned else y)
-        for turned in (False, True)
-    ]
+    scores = [weight_relevance(_net(forward), *data) for data in ((x, y), (x.flip(0), y.flip(0)))]
     torch.testing.assert_close(*scores)
     moments = [
         totals(_net(forward), images, y, wanted="moments", batch_size=1)
@@ -289,10 +263,8 @@ def test_a_rule_for_a_layer_that_the_first_image_skips():
     x, y = _data(6)
     x = x[x[:, 0].argsort()]
     both = [
-        weight_relevance(_net(forward), x[::step], y[::step], rule={"b": "zplus"})
-        if step == 1
-        else weight_relevance(_net(forward), x.flip(0), y.flip(0), rule={"b": "zplus"})
-        for step in (1, -1)
+        weight_relevance(_net(forward), *data, rule={"b": "zplus"})
+        for data in ((x, y), (x.flip(0), y.flip(0)))
     ]
     torch.testing.assert_close(*both)
     with pytest.raises(ValueError, match="no layer fits 'd'"):

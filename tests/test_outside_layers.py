@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from oracles import aggregated
+from oracles import aggregated, by_gradient
 from torch import nn
 
 from lib import compress
@@ -42,19 +42,11 @@ def _data(samples=5):
 
 def _expected(model, x, y, aggregate):
     """Weight times gradient of each sample: the epsilon rule of a network of ReLU."""
-    samples = []
-    for one, label in zip(x.split(1), y.split(1), strict=True):
-        model.zero_grad()
-        model(one.clone()).gather(1, label[:, None]).sum().backward()
-        samples.append({
-            name: (p * (0 if p.grad is None else p.grad)).detach()
-            for name, p in model.named_parameters()
-            if p.ndim > 1
-        })  # fmt: skip
-    total = {}
-    for name in samples[0]:
-        total[name] = aggregated(torch.stack([sample[name] for sample in samples]), aggregate)
-    return total
+    return {
+        name: aggregated(each, aggregate)
+        for name, each in by_gradient(model, x, y).items()
+        if each.ndim > 2
+    }
 
 
 def _kept(x):

@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import by_gradient
+from small import Forwarded
 from torch import nn
 
 from lib import Recipe, Sequential, Uniform, compress
@@ -28,21 +30,8 @@ CALLS = {
 }
 
 
-class Net(nn.Module):
-    """Layers without biases, and a forward pass."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        torch.manual_seed(0)
-        sizes = {"a": (8, 6), "b": (8, 6), "c": (6, 6), "d": (6, 3)}
-        for name, (inputs, units) in sizes.items():
-            setattr(self, name, nn.Linear(inputs, units, bias=False))
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.way = forward
-
-    def forward(self, x):
-        return self.way(self, x)
+class Net(Forwarded):
+    sizes = {"a": (8, 6), "b": (8, 6), "c": (6, 6), "d": (6, 3)}
 
 
 def _data(samples=24):
@@ -54,18 +43,8 @@ def _net(forward, **layers):
     return Net(forward, **layers).double().eval()
 
 
-def _by_gradient(model, x, y):
-    """Weight x gradient of the true logits: relevance of linear and ReLU layers without biases."""
-    model = copy.deepcopy(model)
-    model(x.clone()).gather(1, y[:, None]).sum().backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else (p * p.grad).detach()
-        for name, p in model.named_parameters()
-    }
-
-
 def _check(model, x, y, **how):
-    wanted = _by_gradient(model, x, y)
+    wanted = {name: each.sum(0) for name, each in by_gradient(model, x, y).items()}
     for name, score in weight_relevance(model, x, y, **how).items():
         torch.testing.assert_close(score, wanted[name], msg=lambda said, n=name: f"{n}: {said}")
 
