@@ -1,17 +1,14 @@
 """What a result should be told with: sizes it is compared with, and warnings."""
 
-import torch
 from torch import Tensor, nn
 
-from .checks import check_finite
 from .codec import Compressed, identity
 from .codes import Codes
 from .finetune import evaluate
-from .inputs import probed, split, tensors_of
+from .inputs import tensors_of
 from .prune import Removed
 from .warning import warn
 
-BATCH = 100  # images run at a time
 UNSCORED = 0.01  # share of the file from which weights left as they are deserve a warning
 SMALLEST, LARGEST = 1e-5, 1e6  # of a layer's largest weight, in 16 to 127 steps of float16
 LOST = 10.0  # points of accuracy on the reference images whose loss is worth a warning
@@ -75,13 +72,6 @@ def warn_of_emptied(removed: Removed, result: Compressed) -> None:
             "never does where a layer's outputs act only as a divisor or through a comparison or "
             "an index; if these do, take a recipe without relevance (recipe='uniform')",
         )
-
-
-def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent on the reference images; ValueError where logits are not finite."""
-    logits = torch.cat([probed(network, part).cpu() for part in split(images, BATCH)])
-    check_finite(logits)
-    return 100 * float((logits.argmax(1) == labels.cpu()).float().mean())
 
 
 def warn_if_ruined(

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .inputs import UnsupportedLayerError, memory, probed, spread, tensors
+from .inputs import UnsupportedLayerError, memory, names_by_memory, probed, spread, tensors
 
 SMALLEST, LARGEST = 1e-12, 1e12  # of the images' largest value
 ALONE = 4  # images of which each is run by itself, too
@@ -206,8 +206,7 @@ class _Reading(TorchFunctionMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        held = (*model.named_parameters(), *model.named_buffers())
-        self.names = {memory(value): name for name, value in held}
+        self.names = names_by_memory(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -17,9 +17,7 @@ from . import masks as masking
 from . import progress as reporting
 from . import repair
 from .advice import (
-    accuracy_of,
     float_bytes,
-    tensors_of,
     warn_if_ruined,
     warn_of_emptied,
     warn_of_sizes,
@@ -36,9 +34,9 @@ from .checks import (
 )
 from .codec import Compressed
 from .codes import halved
-from .finetune import Batches, accuracy, check_batches, finetune
+from .finetune import Batches, accuracy, check_batches, evaluate, finetune
 from .fold import fold
-from .inputs import Output, copied, evaluated, probed, unwrapped
+from .inputs import Output, copied, evaluated, probed, tensors_of, unwrapped
 from .prune import Removed
 from .recipe import RECIPES, Recipe
 from .relevance import scored_weights
@@ -207,7 +205,7 @@ def compress(
     check_copy(model, network, images[:2])
     check_logits(probed(network, images[:2]), labels)
     check_alone(network, images)
-    before = accuracy_of(network, images, labels)
+    before = evaluate(network, images, labels)
     prepared = prepare(remove(model, images, labels, recipe, train, seed), images, labels, recipe)
     warn_of_sizes(prepared.removed)
     with reporting.showing(progress):

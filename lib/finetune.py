@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_samples
-from .inputs import evaluated, evaluating, own, split
+from .checks import check_finite, check_samples
+from .inputs import evaluated, evaluating, own, probed, split
 
 OPTIMISERS = {
     "adam": (torch.optim.Adam, 1, {}),
@@ -53,7 +53,7 @@ def finetune(
     model: nn.Module, masks: Mapping[str, Tensor], data: Batches, *, steps: int,
     optimiser: str = "adam", lr: float = 1e-3, batch_size: int = 128, seed: int = 0,
     within: Callable[[int], AbstractContextManager] | None = None,
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | None = None, bfloat16: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Train the kept weights for a number of steps; the removed ones stay zero.
 
@@ -81,7 +81,9 @@ def finetune(
         Step -> context of its forward and backward pass, such as one in which the network holds
         other values, whose gradients move the ones before (straight-through).
     scales : mapping of str to float, optional
-        Factors of the learning rate, by what the names of the parameters begin with.
+        Factors of the learning rate, by name of the parameter; 1 for others.
+    bfloat16 : bool
+        Compute the gradients in bfloat16 where autocast deems it safe; weights stay as they are.
 
     Raises
     ------
@@ -92,17 +94,17 @@ def finetune(
     masked = [(p, masks[n].to(device)) for n, p in model.named_parameters() if n in masks]
     make, factor, settings = OPTIMISERS[optimiser]
     groups = [
-        {"params": [p], "lr": lr * factor * next(
-            (scale for begin, scale in (scales or {}).items() if name.startswith(begin)), 1.0
-        )}
+        {"params": [p], "lr": lr * factor * (scales or {}).get(name, 1.0)}
         for name, p in evaluated(model).named_parameters()
-    ]  # fmt: skip
+    ]
     descent = make(groups if scales else model.parameters(), lr=lr * factor, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=max(steps, 1))
     for step, (images, labels) in enumerate(islice(_endless(data, batch_size, seed), steps)):
         descent.zero_grad()
         with within(step) if within else nullcontext():
-            F.cross_entropy(model(own(images, model)), labels.to(device)).backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = F.cross_entropy(model(own(images, model)), labels.to(device))
+            loss.backward()
         descent.step()
         schedule.step()
         with torch.no_grad():
@@ -157,16 +159,17 @@ def accuracy(model: nn.Module, data: Batches) -> float:
     return sum(share * count for share, count in found) / sum(count for _, count in found)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 100) -> float:
     """Accuracy in percent: share of images [N, ...] whose largest output is their label's [N].
 
     The model runs in evaluation mode on `batch_size` images at a time; its mode is put back.
+    ValueError where it does not run on them, or where a logit is not finite.
     """
     if len(labels) == 0:
         raise ValueError("no images to evaluate on")
     correct = 0
     with evaluating(model):
         for x, y in zip(split(images, batch_size), split(labels, batch_size), strict=True):
-            correct += int((model(own(x, model)).argmax(1).cpu() == y.cpu()).sum())
+            check_finite(logits := probed(model, x))
+            correct += int((logits.argmax(1).cpu() == y.cpu()).sum())
     return 100 * correct / len(labels)

@@ -196,6 +196,12 @@ def memory(tensor: Tensor) -> int | None:
     return tensor.untyped_storage()._cdata
 
 
+def names_by_memory(model: nn.Module) -> dict[int | None, str]:
+    """``memory`` of every parameter and buffer -> its name."""
+    held = (*model.named_buffers(), *model.named_parameters())
+    return {memory(value): name for name, value in held}
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Its state_dict, without what modules add to it that is no tensor (extra state)."""
     return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -1,5 +1,7 @@
 """Fine-tuning under a mask, and accuracy."""
 
+import copy
+
 import pytest
 import torch
 from spread import assert_above
@@ -60,6 +62,19 @@ def test_steps_and_the_order_are_as_asked(digits):
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], longer[0])
 
 
+def test_gradients_in_bfloat16_move_float32_weights_nearly_alike(digits):
+    start = build("resnet8").eval()
+    moves = []
+    for bfloat16 in (False, True):
+        model = copy.deepcopy(start)
+        finetune(model, {}, digits, steps=1, optimiser="sgd", bfloat16=bfloat16)
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        moves.append(torch.cat([(after - before).flatten() for after, before in pairs]).detach())
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not torch.equal(*moves)
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.99
+
+
 def test_finetuning_that_diverges_is_an_error(digits):
     with pytest.raises(ValueError, match="with sgd diverged: take another of adam, adam-slow"):
         finetune(build("lenet300"), {}, digits, steps=20, optimiser="sgd", lr=1e12)
@@ -84,3 +99,16 @@ def test_evaluate_is_in_evaluation_mode():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 4, bias=False))
     nn.init.eye_(model[1].weight)
     assert evaluate(model, torch.eye(4).repeat(50, 1), torch.arange(4).repeat(50)) == 100
+
+
+@pytest.mark.parametrize("at", [0, 149])
+def test_an_image_without_finite_logits_has_no_class(at):
+    images = torch.ones(150, 2)
+    images[at] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        evaluate(nn.Identity(), images, torch.zeros(150).long())
+
+
+def test_images_that_the_network_cannot_take_are_told_of():
+    with pytest.raises(ValueError, match=r"does not run on images like these, float32 \[3\]"):
+        evaluate(nn.Linear(2, 2), torch.ones(5, 3), torch.zeros(5).long())

@@ -1,5 +1,6 @@
 """Quantization-aware training: what is assigned, by what it is weighed, and what training does."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from lib import Compressed, Recipe, compress
 from lib.compress import encode, prepare, remove
-from lib.finetune import evaluate
+from lib.finetune import evaluate, finetune
 from lib.moments import input_moments
 from lib.quantize import ECQx, RateDistortion, Trained
 from lib.quantize.trained import Grid, input_means
@@ -92,6 +93,30 @@ def test_training_takes_back_what_rounding_costs(trained, digits, validation, re
     )
     gain = evaluate(after, *validation) - evaluate(before, *validation)
     assert_above(gain, 20, "points that training takes back")
+
+
+def test_what_has_no_grid_moves_at_its_own_scale(digits, references):
+    """A LayerNorm at a thousandth of the scale, the layer behind it at a thousand times its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(digits[0][0].numel(), 24), nn.LayerNorm(24), nn.ReLU(),
+        nn.Linear(24, 10, bias=False),
+    )  # fmt: skip
+    finetune(model, {}, digits, steps=200)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in scaled[2].parameters():
+            parameter.mul_(2**-10)
+        scaled[4].weight.mul_(2**10)
+    store = Trained("alike", 0.003, steps=30, rate=0.05)
+    removed = remove(model, *references, Recipe(store=store), digits, 0)
+    before = removed.network[2].weight
+    moved = [
+        dict(store.store(r, store.prepare(r, *references), references[0])[0].named_parameters())
+        for r in (removed, remove(scaled, *references, Recipe(store=store), digits, 0))
+    ]
+    assert bool((moved[0]["2.weight"] - before).abs().max() > 0.01)
+    assert torch.allclose(moved[1]["2.weight"] * 2**10, moved[0]["2.weight"], atol=1e-3)
 
 
 def test_biases_make_up_for_the_mean_of_what_assignment_changes(trained, digits, references):
@@ -233,11 +258,13 @@ def test_ecqx_keeps_half_of_the_relevance_of_before(monkeypatch):
     assert torch.allclose(grids["w"].zero, (first + torch.tensor([0.0, 2.0, 2.0, 0.0])) / 2)
 
 
-def test_training_gets_the_seed_and_the_steps_that_were_asked_for(monkeypatch):
+def test_training_is_as_was_asked_for(monkeypatch):
     seen, network = [], nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 5))
     monkeypatch.setattr("lib.quantize.trained.finetune", lambda *_, **how: seen.append(how))
     masks = {f"{i}.weight": torch.ones_like(network[i].weight, dtype=torch.bool) for i in (0, 1)}
     images = torch.randn(8, 20)
     removed = SimpleNamespace(network=network, masks=masks, seed=7, train=(images, None))
-    _, codes = ECQx(steps=3).store(removed, None, images)
-    assert [(how["seed"], how["steps"]) for how in seen] == [(7, 3)] and set(codes) == set(masks)
+    _, codes = ECQx(steps=3, rate=0.02, bfloat16=True).store(removed, None, images)
+    asked = {"seed": 7, "steps": 3, "lr": 0.02, "bfloat16": True}
+    assert [{name: how[name] for name in asked} for how in seen] == [asked]
+    assert set(codes) == set(masks)

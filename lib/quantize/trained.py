@@ -90,6 +90,22 @@ def input_means(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in means.items()}
 
 
+def _scales(network: nn.Module, grids: dict[str, Grid]) -> dict[str, float]:
+    """What a parameter's learning rate is in units of, by name.
+
+    The step of its layer's grid; where there is none, the root mean square of what its module
+    holds.
+    """
+    steps = {name: grid.step for name, grid in grids.items()}
+    steps |= {f"{name.removesuffix('weight')}bias": step for name, step in steps.items()}
+    for name, _ in network.named_parameters():
+        if name not in steps:
+            module = network.get_submodule(name.rpartition(".")[0])
+            held = torch.cat([p.detach().flatten() for p in module.parameters(recurse=False)])
+            steps[name] = float(held.square().mean().sqrt())
+    return steps
+
+
 @dataclass(frozen=True)
 class InTraining(Quantizer, ABC):
     """What quantizers that train have in common; a subclass says how weights are assigned.
@@ -101,12 +117,16 @@ class InTraining(Quantizer, ABC):
         half of them.
     rate : float
         Learning rate at the start, in steps of each layer's grid: so a weight takes at least
-        1 / rate steps to cross a cell, in networks of any scale.
+        1 / rate steps to cross a cell, in networks of any scale. What has no grid moves in units
+        of its module's root mean square.
+    bfloat16 : bool
+        Compute the gradients in bfloat16, which saves half the time on processors that multiply it.
     """
 
     trains: ClassVar[bool] = True
     steps: int = 1000
     rate: float = 0.015
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +186,7 @@ class InTraining(Quantizer, ABC):
             finetune(
                 network, removed.masks, removed.train, steps=self.steps, lr=self.rate,
                 seed=removed.seed, within=holding_codes,
-                scales={name.removesuffix("weight"): grid.step for name, grid in grids.items()},
+                scales=_scales(network, grids), bfloat16=self.bfloat16,
             )  # fmt: skip
         _put(values, coded(self.steps))
         for name, grid in grids.items():

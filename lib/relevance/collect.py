@@ -22,7 +22,7 @@ from ..inputs import (
     batched,
     copied,
     full_precision,
-    memory,
+    names_by_memory,
     own,
     probed,
     unwrapped,
@@ -123,8 +123,7 @@ class Run(Generic[C]):
         self.collector.follow(0)
         with (saved := Saved()):
             traced = self.propagate(own(image, network))
-        held = (*network.named_buffers(), *network.named_parameters())
-        saved.check({memory(value): name for name, value in held})
+        saved.check(names_by_memory(network))
         if self.propagate.shares and image.is_floating_point():
             self.collector.follow(0)
             try:
@@ -156,9 +155,13 @@ class Run(Generic[C]):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [batch, ...] and labels [batch], on the model's device."""
         network = self.propagate.model
-        self._tell_apart()
-        for part in batched(len(self.images), self.batch_size):
+        for part in self._parts():
             yield own(self.images[part], network), own(self.labels[part], network)
+
+    def _parts(self) -> Iterator[slice]:
+        """Which images make up each batch, once samples can be told apart."""
+        self._tell_apart()
+        yield from batched(len(self.images), self.batch_size)
 
     def _tell_apart(self) -> None:
         """Follow one image more, where samples lie in what layers read is to be told."""
@@ -173,8 +176,7 @@ class Run(Generic[C]):
     def collect(self) -> C:
         """Propagate everything; gives the collector."""
         with full_precision():
-            self._tell_apart()
-            for part in batched(len(self.images), self.batch_size):
+            for part in self._parts():
                 self._propagate(part)
         return self.collector
 

@@ -128,7 +128,7 @@ def stored(mode: Forward, weight: Tensor, key: Key) -> Tensor:
     return value
 
 
-def spread(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
+def looked_up_per_sample(mode: Forward, summands: Sequence[Any]) -> Sequence[Any]:
     """Look rows that all samples share up once per sample where they are added to samples."""
     looked = [t for t in summands if hasattr(t, "lookup")]
     if not mode.collector.samplewise or not looked or len(summands) != 2:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..inputs import tensors
 from . import kinds
 from .factors import Held, Multiply, Normaliser, activated, shifted, swap
-from .functions import spread
+from .functions import looked_up_per_sample
 from .origins import Origins
 from .weights import Following, multiplies
 
@@ -53,7 +53,7 @@ def passed(mode: Passing, func: Callable, name: str, tracked: int, args: Any, kw
             out = func(*args, **kwargs)
         return activated(out, name, func, args, kwargs)
     if name in ("add", "radd"):
-        args = spread(mode, args)
+        args = looked_up_per_sample(mode, args)
         return shifted(func(*args, **kwargs), args, kwargs)
     if name == "scatter" and kwargs.get("reduce"):
         raise mode.refuse("'scatter' that reduces", "use scatter_add")

@@ -51,7 +51,8 @@ class Propagation(TorchFunctionMode):
     shares : bool
         Whether images are multiplied by activations, so that they have to take their share.
     counts : bool
-        Whether how many rows layers read may depend on what the images hold.
+        Whether how many rows layers read may depend on what the images hold; asked only where the
+        collector looks at single samples.
     spreads : dict
         Shape of each sum of looked-up rows and activations in the first pass, and its images.
     """
@@ -91,7 +92,8 @@ class Propagation(TorchFunctionMode):
         self.origins = Origins(self.fixed)
         self.readers: list[str] = []
         self.shares, self.counts, self.number = False, False, 0
-        held = (t for module in self.model.modules() for t in tensors(list(vars(module).values())))
+        modules = self.model.modules() if self.collector.samplewise else ()
+        held = (t for module in modules for t in tensors(list(vars(module).values())))
         self.kept = {memory(t): t for t in held}  # and not made by this pass
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ class Propagation(TorchFunctionMode):
             if self.recording and not torch.is_grad_enabled():
                 stack.enter_context(torch.enable_grad())
             args, kwargs = self.changes.current((args, kwargs))
-            self.counts |= self._counts(name, args, kwargs)
+            self.counts |= self.collector.samplewise and self._counts(name, args, kwargs)
             if name not in LAYERS and name not in NORMALISATIONS:
                 args = kinds.positional(args, kwargs)
             scored = [t for t in tensors((args, kwargs)) if place(self, t)]

@@ -16,7 +16,6 @@ class Profile:
     per_class: int  # reference images of each class, from the training split
     more: int  # so many, where it is asked what more of them bring
     finetune: int  # steps, for every recipe that fine-tunes
-    training: int  # steps, for every quantizer that trains
     knobs: dict[str, tuple[float, ...]]
     """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve; those of
     ``Sequential`` also for more images, which bear higher prices."""
@@ -27,6 +26,9 @@ class Profile:
     optimisers: dict[str, str] = field(default_factory=dict)
     """By model the optimiser of fine-tuning where the recipes' default does harm; chosen on the
     validation split."""
+    trained: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By model settings of quantizers that train, where a recipe has their defaults: chosen on the
+    validation split; "" stands for all models."""
     slow: tuple[str, ...] = ()  # models that ablations leave out, since they take hours there
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By part of the study ("training", "more images") patterns of cases that go without it: they
@@ -47,7 +49,6 @@ PROFILES = {
         per_class=15,
         more=100,
         finetune=50,
-        training=50,
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),
@@ -60,6 +61,7 @@ PROFILES = {
         },
         special={},
         kept={"": (0.4, 0.15)},
+        trained={"": {"steps": 50}},
         left_out={"training": ("digits-lenet5*",)},
     ),
     "paper": Profile(
@@ -70,7 +72,6 @@ PROFILES = {
         per_class=50,
         more=500,
         finetune=300,
-        training=1000,  # three passes over CIFAR-10, two over MNIST
         knobs={
             "tiers": (2.2, 3, 4),
             "uniform": (2, 3, 4, 5),

@@ -187,12 +187,17 @@ class Study(Results):
         return [recipe.at(float(value)) for value in values]
 
     def _own(self, case: Case, recipe: Recipe) -> Recipe:
-        """The recipe with the optimiser that the profile has for a case's model."""
-        repair = recipe.repair
-        if not repair.finetune or repair.optimiser != type(repair).optimiser:
-            return recipe
-        own = self.profile.optimisers.get(case.model, repair.optimiser)
-        return replace(recipe, repair=replace(repair, optimiser=own))
+        """The recipe with what the profile has for a case's model: optimiser, how it trains."""
+        repair, store = recipe.repair, recipe.store
+        if repair.finetune and repair.optimiser == type(repair).optimiser:
+            own = self.profile.optimisers.get(case.model, repair.optimiser)
+            repair = replace(repair, optimiser=own)
+        if store.trains:
+            own = self.profile.trained.get("", {}) | self.profile.trained.get(case.model, {})
+            made = type(store)  # whose attributes are the defaults of its fields
+            left = {n: v for n, v in own.items() if getattr(store, n, v) == getattr(made, n, None)}
+            store = replace(store, **left)
+        return replace(recipe, repair=repair, store=store)
 
     def compressed(self, case: Case, recipe: Recipe) -> Compressed:
         """The file of a run where it is still there; else the network is compressed anew."""

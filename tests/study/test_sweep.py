@@ -11,7 +11,7 @@ from lib import RECIPES, Compressed, Recipe, Repair
 from lib.codec.container import payload
 from lib.finetune import evaluate
 from lib.prune import KeepTop
-from lib.quantize import Codes, RateDistortion, Uniform
+from lib.quantize import Codes, ECQx, RateDistortion, Trained, Uniform
 from study import Study, data, digests, jobs, records, sweep
 from study.bases import SCHEDULES, Schedule
 from study.data import DATASETS, Dataset, split
@@ -99,6 +99,22 @@ def test_a_network_may_have_an_optimiser_of_its_own(study, monkeypatch):
     used = [row["provenance"]["recipe"] for row in records.read_records(study.runs)]
     tuners = sorted(recipe["optimiser"] for recipe in used if recipe["finetune"])
     assert tuners == ["adam", "sgd"]
+
+
+def test_a_network_may_be_trained_in_its_own_way(study, monkeypatch):
+    own = {"": {"steps": 4, "rate": 0.02}, "resnet8": {"steps": 2, "coded": True}}
+    monkeypatch.setattr(study, "profile", replace(study.profile, trained=own))
+    recipes = {"ours": Recipe(store=Trained()), "theirs": Recipe(store=ECQx(rate=0.03))}
+    study.sweep(recipes)
+    used = [row["provenance"]["recipe"] for row in records.read_records(study.runs)]
+    asked = {
+        recipe["quantizer"]: {k: v for k, v in recipe.items() if k.startswith("store.")}
+        for recipe in used
+    }
+    assert asked == {
+        "Trained": {"store.steps": 2, "store.coded": True, "store.rate": 0.02},
+        "ECQx": {"store.steps": 2, "store.rate": 0.03},
+    }
 
 
 def test_bits_are_those_of_the_files_of_the_runs(study, monkeypatch):
