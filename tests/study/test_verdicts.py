@@ -76,6 +76,8 @@ def test_headline_says_where_an_accuracy_is_not_reached():
     weak = RUNS[(RUNS["recipe"] != "ours") | (RUNS["knob"] == 3)]
     within, matched, accurate, loss = headline(weak, ["ours"], ["theirs"], "x")
     assert matched.ours.endswith("(accuracy not reached)") and matched.verdict == FAILS
+    # it is 90 % smaller than theirs, but not within one point of the uncompressed network
+    assert within.ours == "90.0 % (accuracy not reached)" and within.verdict == FAILS
     # our file of 100 bytes is smaller than any of theirs: their smallest stands in
     assert accurate.ours.startswith("92.1 % relative")
 
