@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import View
+from .linear import View, bias_of
 from .moments import borrowed, second_moment
-from .patches import look_ups, patches_of, portion, squared, units_of
+from .patches import batched, look_ups, patches_of, portion, squared, units_of
 
 LARGE = 200  # inputs from which float32 is enough, and conjugate gradients stop early
 
@@ -19,15 +19,17 @@ class Equations:
 
     A unit has D = d + 1 inputs, the last of them a one for the bias. With ``centre`` the mean of
     the first images' patches is subtracted from all, so that inputs that hardly vary leave no
-    rounding of either sign.
+    rounding of either sign. A bias that is computed stays as it is, and so does any other where
+    ``bias`` is False.
     """
 
-    def __init__(self, layer: Any, centre: bool = False):
+    def __init__(self, layer: Any, centre: bool = False, bias: bool = True):
         self.view = View.of(layer)
         groups, rows, width = self.view.rows(layer.weight).shape
         width += 1
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
-        self.layer, self.centre, self.images = layer, centre, 0
+        self.layer, self.centre = layer, centre
+        self.bias = bias_of(layer) if bias else None
         self.gram = zeros(groups, width, width)  # summed over images and positions
         self.missing = zeros(groups, rows, width)  # (wanted - output) times the patches
         self.shift = layer.weight.new_zeros(groups, width - 1, 1)  # what was subtracted
@@ -37,16 +39,16 @@ class Equations:
 
         Summing what is missing, not what is wanted, leaves nothing large to cancel.
         """
+        inputs, missing = batched(self.layer, inputs), batched(self.layer, missing)
         size = min(batch_size, portion(self.layer, inputs))
         for some, few in zip(inputs.split(size), missing.split(size), strict=True):
             patches = patches_of(self.layer, some, few=True)  # [groups, D, p]
-            if self.centre and not self.images:
+            if self.centre and not self.count.any():
                 self.shift = patches[:, :-1].mean(2, keepdim=True) / patches[:, -1:, :1]
             if self.centre:
                 patches[:, :-1] -= self.shift * patches[:, -1:, :1]
             self.gram += squared(patches)
             self.missing += units_of(self.layer, few, few=True) @ patches.mT
-            self.images += len(some)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
         """Solve for the layer's kept weights (mask: True) and its bias, in place.
@@ -56,7 +58,7 @@ class Equations:
         layer, gram, missing = self.layer, self.gram.clone(), self.missing
         columns = missing.shape[2]
         kept = self.view.rows(mask.to(gram.device))
-        if layer.bias is None:
+        if self.bias is None:
             gram, missing = gram[:, :-1, :-1], missing[..., :-1]
         else:
             kept = F.pad(kept, (0, 1), value=True)
@@ -67,9 +69,9 @@ class Equations:
         change = torch.stack([_solve(*problem) for problem in solutions])  # [groups, rows, D]
         weight = self.view.weight(change[..., :inputs], layer.weight.shape)
         layer.weight.data += weight.to(layer.weight.dtype)
-        if layer.bias is not None:
+        if self.bias is not None:
             moved = (change[..., :inputs] @ self.shift.double()).squeeze(2)  # by the weights
-            layer.bias.data += (change[..., -1] - moved).flatten().to(layer.bias.dtype)
+            self.bias.data += (change[..., -1] - moved).flatten().to(self.bias.dtype)
 
     def plain(self) -> Tensor:
         """Second moment of the patches as they are, without the shift, like ``gram``."""
@@ -77,15 +79,16 @@ class Equations:
         moved = shift @ self.gram[:, :, -1:].mT
         return self.gram + moved + moved.mT + self.count[..., None] * shift @ shift.mT
 
-    def moment(self) -> Tensor:
-        """Second moment of the inputs, float64 [groups, d, d]; the covariance if there is a bias.
+    def moment(self, images: int) -> Tensor:
+        """Second moment of the inputs, float64 [groups, d, d]; the covariance if a bias moves.
 
-        See ``moments.second_moment``.
+        ``images`` is how many were seen, which no axis of the inputs need tell: a layer may read
+        their tokens as samples, or put time first. See ``moments.second_moment``.
         """
-        if self.layer.bias is None:
-            return second_moment(self.gram, self.images)
-        share = borrowed(*self.energies(), self.images)
-        return second_moment(self.gram, self.images, share, self.plain() if share else self.gram)
+        if self.bias is None:
+            return second_moment(self.gram, images)
+        share = borrowed(*self.energies(), images)
+        return second_moment(self.gram, images, share, self.plain() if share else self.gram)
 
     def energies(self) -> tuple[float, float]:
         """As of ``moments.energies``, for the patches as they are."""
@@ -99,9 +102,9 @@ class Equations:
         weight = self.view.rows(self.layer.weight.detach().double())
         sums = self.gram[:, :-1, -1:] + self.shift.double() * self.gram[:, -1:, -1:]
         total = (weight @ sums).squeeze(2)
-        if self.layer.bias is None:
+        if self.bias is None:
             return total
-        return total + self.layer.bias.detach().double().reshape(len(weight), -1) * self.count
+        return total + self.bias.detach().double().reshape(len(weight), -1) * self.count
 
     @property
     def count(self) -> Tensor:
@@ -117,7 +120,6 @@ class LookUps(Equations):
         counts = look_ups(self.layer, inputs).double()
         self.gram[:, 0, 0] += counts
         self.missing[..., 0].index_add_(0, inputs.flatten(), missing.double().flatten(0, -2))
-        self.images += len(inputs)
 
     def refit(self, mask: Tensor, ridge: float) -> None:
         """See ``Equations.refit``; the mean diagonal is that of all rows."""
@@ -125,15 +127,15 @@ class LookUps(Equations):
         change = self.missing[..., 0] / (counts + ridge * counts.mean())[:, None]
         self.layer.weight.data += (change * mask.to(change.device)).to(self.layer.weight.dtype)
 
-    def moment(self) -> Tensor:
+    def moment(self, images: int) -> Tensor:
         """See ``moments.input_moments`` for tokens that were never looked up."""
-        counts = self.gram[:, :1, :1] / self.images
+        counts = self.gram[:, :1, :1] / images
         return torch.where(counts > 0, counts, counts.mean())
 
 
-def equations(layer: Any, centre: bool = False) -> Equations:
+def equations(layer: Any, centre: bool = False, bias: bool = True) -> Equations:
     """Those of a layer of any kind."""
-    return (LookUps if isinstance(layer, nn.Embedding) else Equations)(layer, centre)
+    return (LookUps if isinstance(layer, nn.Embedding) else Equations)(layer, centre, bias)
 
 
 def _solve(gram: Tensor, kept: Tensor, residual: Tensor) -> Tensor:

@@ -45,13 +45,14 @@ def plan(model: nn.Module, images: Tensor) -> Plan:
     """Find the layers of a network in the order of its forward pass, and where branches end.
 
     In evaluation mode it runs on some of the images [N, ...], two at a time. Layers that run for
-    some images only, or read but a part of them, are left out.
+    some images only, or read but a part of them, are left out. What the model returns is read.
     """
     layers, shapes = layers_of(model), []
     for pair in reversed(pairs_of(images)):
         batch, probe = own(pair, model), _Probe()
         with torch.no_grad(), hooked(model, layers, probe.layer), probe:
-            model(batch)
+            returned = model(batch)
+        probe.readers.update(probe.names_of(returned))
         shapes.append({name: output.shape for name, output in probe.outputs})
     calls = Counter(name for name, _ in probe.outputs)
     steady = {name for name in calls if all(shapes[-1][name] == s.get(name) for s in shapes)}
@@ -70,12 +71,17 @@ def pairs_of(images: Tensor) -> list[Tensor]:
     return list(some[: len(some) - len(some) % 2 or 1].split(2))
 
 
-def unsteady(name: str) -> UnsupportedLayerError:
-    """The error for a layer that reads other samples in one network than in the other."""
+def unsteady(
+    name: str, why: str = "which images it reads depends on the activations before it"
+) -> UnsupportedLayerError:
+    """The error for a layer that reads other samples in one network, or pass, than in another."""
     return UnsupportedLayerError(
-        f"which images {name!r} reads depends on the activations before it, so that it cannot be "
-        "coded in the order of the layers: choose a recipe that does not (lrp-rd, uniform)"
+        f"{name!r} cannot be coded in the order of the layers, since {why}: choose a recipe that "
+        "codes all at once (lrp-rd, uniform)"
     )
+
+
+MANY = "it is called once for two images and not for all at once, as where a forward splits them"
 
 
 class _Probe(TorchFunctionMode):
@@ -92,17 +98,22 @@ class _Probe(TorchFunctionMode):
         self.outputs.append((name, output))
         self.names[id(output)] = name
 
+    def names_of(self, tree: Any) -> list[str]:
+        """The layers whose outputs are among some tensors."""
+        return [self.names[id(tensor)] for tensor in tensors(tree) if id(tensor) in self.names]
+
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        read = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
+        read = self.names_of((args, kwargs or {}))
         every = tensors((args, kwargs or {}))
         given = [(t, t._version) for t in every if not t.is_inference()]
         result = func(*args, **(kwargs or {}))
         changed = [t for t, version in given if t._version != version]
         same = bool(args) and result is args[0]
-        if name != "__get__" and (changed or not same):  # dropout returns what it was given
+        told = name == "__get__" and not isinstance(result, Tensor)  # its shape, not .mT of it
+        if not told and (changed or not same):  # dropout returns what it was given
             self.readers.update(read)
         sums = read and name in SUMS and not kwargs
         if sums and [t.shape for t in tensors(args)] == [result.shape] * 2:
@@ -128,12 +139,21 @@ def change_in_order(
     change : callable
         ``(path, layer, inputs, output, target)``: changes the layer in place. ``output`` is what
         it gives at present, ``target`` what it should give, both shaped alike.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        The two networks, or a pass over all images and one over two, do not call the same layers
+        on the same samples.
     """
     network.eval()
     with _Dense(dense, images, route).started() as targets:
         run = _Changing(route.branch_ends, targets, change)
         with torch.no_grad(), hooked(network, route.layers, run.layer), run:
             network(own(images, network))
+    for name in route.layers:
+        if name not in run.called or name in run.waiting:
+            raise unsteady(name, MANY)
 
 
 class _Watch(TorchFunctionMode):
@@ -172,8 +192,17 @@ class _Changing(_Watch):
     def __init__(self, branch_ends: set[str], targets: "_Dense", change: Change):
         super().__init__(branch_ends)
         self.targets, self.change = targets, change
+        self.called: set[str] = set()
+
+    @property
+    def waiting(self) -> set[str]:
+        """Layers whose branch has not ended yet."""
+        return {name for name, _ in self.pending.values()}
 
     def layer(self, name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> Any:
+        if name in self.called:
+            raise unsteady(name, MANY)
+        self.called.add(name)
         with torch._C.DisableTorchFunction():
             if name in self.branch_ends:
                 self.pending[id(output)] = (name, (layer, inputs[0].clone(), output))

@@ -21,7 +21,7 @@ def patches_of(layer: Any, inputs: Tensor, few: bool = False) -> Tensor:
     With ``few`` those at the places ``chosen``, all of it scaled so that sums of products over
     them stand for sums over all.
     """
-    scale = 1.0
+    scale, inputs = 1.0, batched(layer, inputs)
     if isinstance(layer, nn.Linear):
         columns, k = inputs.reshape(1, -1, inputs.shape[-1]).mT, 0
     else:
@@ -38,6 +38,14 @@ def patches_of(layer: Any, inputs: Tensor, few: bool = False) -> Tensor:
     patches[:, :-1].unflatten(1, taps).unflatten(-1, places).copy_(columns)
     patches[:, -1] = 1
     return patches if scale == 1 else patches.mul_(scale)
+
+
+def batched(layer: Any, values: Tensor) -> Tensor:
+    """What a linear or convolutional layer reads or gives, with an axis of samples if it has none.
+
+    That is [1, channels, *places] of [channels, *places].
+    """
+    return values[None] if values.dim() == 1 + len(getattr(layer, "kernel_size", ())) else values
 
 
 def portion(layer: Any, inputs: Tensor) -> int:
@@ -94,6 +102,7 @@ def units_of(layer: Layer, outputs: Tensor, few: bool = False) -> Tensor:
     if isinstance(layer, nn.Linear):
         return outputs.reshape(1, -1, outputs.shape[-1]).mT
     assert not isinstance(layer, nn.Embedding)
+    outputs = batched(layer, outputs)
     if few:
         *where, scale = chosen(outputs.shape[2:])
         outputs = outputs[(slice(None), slice(None), *where)]
@@ -113,6 +122,7 @@ def gram(
         counts = look_ups(layer, inputs).to(dtype or layer.weight.dtype)
         every = counts.sum().expand_as(counts)
         return torch.stack([counts, counts, counts, every], 1).unflatten(1, (2, 2))
+    inputs = batched(layer, inputs)
     if most is not None and getattr(layer, "groups", 1) == 1:
         channels = math.ceil(most / math.prod(getattr(layer, "kernel_size", ())))
         axis = inputs.dim() - 1 if isinstance(layer, nn.Linear) else 1

@@ -185,7 +185,7 @@ def test_refit_and_codes_of_transposed_convolutions_match_the_ordinary_layer():
         problem = equations(layer, centre=True)
         problem.add(images, missing)
         problem.refit(mask, 0.01)
-        code = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(),
+        code = coded(View.of(layer), layer.weight.detach(), mask, problem.moment(len(images)),
                      torch.rand(6, generator=torch.Generator().manual_seed(0)), 1e-3)  # fmt: skip
         results.append((layer.weight.detach(), code.decode()))
     (weight, code), (expected, wanted) = results
@@ -289,7 +289,7 @@ def test_some_positions_of_large_images_stand_for_all(make, monkeypatch):
         monkeypatch.setattr(patches, "POSITIONS", positions)
         problem = equations(layer, centre=True)
         problem.add(images, missing)
-        results.append((problem.moment(), problem.outputs(), problem.missing, problem.count))
+        results.append((problem.moment(40), problem.outputs(), problem.missing, problem.count))
         moments = input_moments(nn.Sequential(layer), images, centered=True)["0.weight"]
         torch.testing.assert_close(moments.double().view_as(results[-1][0]), results[-1][0],
                                    rtol=1e-3, atol=1e-2)  # fmt: skip

@@ -219,5 +219,7 @@ class Parting(nn.Module):
 
 def test_networks_that_part_are_refused():
     route, images = Plan(["first", "one", "two", "last"], set()), torch.randn(4, 4)
-    with pytest.raises(UnsupportedLayerError, match="which images 'one' reads depends.*lrp-rd"):
+    with pytest.raises(
+        UnsupportedLayerError, match="'one' cannot be coded.*which images it reads depends.*lrp-rd"
+    ):
         change_in_order(Parting(100).eval(), Parting(-100).eval(), images, route, lambda *_: None)

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..codes import Codes, check, halved
 from ..leastsquares import equations
 from ..linear import Layer, Place, Projection, View, bias_of, layers_of, watch
 from ..lockstep import Plan, change_in_order, plan
+from ..patches import batched
 from ..progress import done
 from ..prune import Removed
 from ..score import criterion
@@ -51,9 +53,9 @@ class Sequential(RateDistortion):
 
     H the covariance of a, G the weight of the unit's error. A linear layer of more than ``WIDE``
     inputs is coded in parts, each refitted to what those before it have left; H is that of the
-    part. (LeNet-300 on MNIST in two parts takes 5 % more bytes at equal loss, in four 26 %.) Layers
-    that the forward pass calls several times, or whose inputs have no known moment, are stored in
-    eight bits beforehand.
+    part. (LeNet-300 on MNIST in two parts takes 5 % more bytes at equal loss, in four 26 %.)
+    Weights of layers that the forward pass calls several times, that several modules have, or
+    whose inputs have no known moment, are stored in eight bits beforehand.
 
     References
     ----------
@@ -93,8 +95,8 @@ class Sequential(RateDistortion):
         weak: list[str] = []  # layers of whose inputs the images tell too little
         layers = layers_of(inside)
         assert prepared.route is not None
-        places = {path: Place.of(path, layers[path]) for path in prepared.route.layers}
-        places = {path: place for path, place in places.items() if place.name in masks}
+        places = _places(removed.network, {p: layers[p] for p in prepared.route.layers}, masks)
+        owners = Counter(id(bias_of(layer)) for layer in layers.values())
         others = masks.keys() - {place.name for place in places.values()}
         warn_of_others(others, masks)
         with torch.no_grad():
@@ -110,10 +112,11 @@ class Sequential(RateDistortion):
             mask, units = place(masks[place.name]), place(prepared.units[place.name])
             made: list[Codes] = []
             bias, lam = bias_of(layer), self.price * prepared.damage
+            bias = bias if owners[id(bias)] == 1 else None  # two layers' suits neither alone
             for part, inputs in parts_of(layer):
-                problem = equations(part, centre=bias is not None)
+                problem = equations(part, bias is not None, bias is not None)
                 problem.add(a if inputs is None else a[..., inputs], wanted - z)
-                if bias is not None and moments.borrowed(*problem.energies(), problem.images):
+                if bias is not None and moments.borrowed(*problem.energies(), len(images)):
                     weak.append(path)
                 if bias is not None:
                     total = problem.missing[..., -1] + problem.outputs()  # of what is wanted
@@ -122,7 +125,8 @@ class Sequential(RateDistortion):
                 weight, view = part.weight.detach(), View.of(part)
                 finest = float(layer.weight.abs().max()) / 2**14
                 step = max(finest, float(made[0].grid)) if made else None
-                made.append(coded(view, weight, kept, problem.moment(), units, lam, step))
+                moment = problem.moment(len(images))
+                made.append(coded(view, weight, kept, moment, units, lam, step))
                 part.weight.copy_(made[-1].decode())
                 if bias is not None:
                     left = ((total - problem.outputs()) / problem.count).flatten()
@@ -131,8 +135,9 @@ class Sequential(RateDistortion):
                     z = layer.forward(a)
             if bias is not None:  # as it will be stored, so that later layers see it
                 bias.copy_(halved(bias))
-            first = place.first or 0
-            codes.setdefault(place.name, {})[first] = _joined(made, 1)
+            whole = made[0] if len(made) == 1 else _on_one_grid(made)
+            layer.weight.copy_(whole.decode())
+            codes.setdefault(place.name, {})[place.first or 0] = whole
             if place.last in (None, len(masks[place.name])):
                 done(place.name)
 
@@ -141,7 +146,29 @@ class Sequential(RateDistortion):
         if weak:
             moments.warn_of(weak, len(images))
         rows = {name: [parts[first] for first in sorted(parts)] for name, parts in codes.items()}
-        return network, {name: _joined(rows[name], 0) for name in masks}
+        return network, {name: _stacked(rows[name]) for name in masks}
+
+
+def _places(
+    network: nn.Module, layers: dict[str, Layer], masks: dict[str, Tensor]
+) -> dict[str, Place]:
+    """Where the weights of these layers are stored, of those that they have for themselves.
+
+    Not where another module has the weight too, nor where they are only some of its rows: of an
+    attention whose keys are read otherwise from batch to batch, queries alone would be.
+    """
+    owners = Counter(id(p) for m in network.modules() for p in m._parameters.values())
+    places = {path: Place.of(path, layer) for path, layer in layers.items()}
+    rows: Counter[str] = Counter()
+    for path, place in places.items():
+        rows[place.name] += len(layers[path].weight)
+    return {
+        path: place
+        for path, place in places.items()
+        if place.name in masks
+        and rows[place.name] == len(masks[place.name])
+        and owners[id(network.get_parameter(place.name))] == 1
+    }
 
 
 def parts_of(layer: Any) -> list[tuple[Any, slice | None]]:
@@ -156,23 +183,34 @@ def parts_of(layer: Any) -> list[tuple[Any, slice | None]]:
     parts: list[tuple[Any, slice | None]] = []
     for first in range(0, width, size):
         inputs = slice(first, min(first + size, width))
-        weight, bias = layer.weight.detach()[:, inputs], layer.bias
+        weight, bias = layer.weight.detach()[:, inputs], bias_of(layer)
         parts.append((Projection("", 0, weight, bias), inputs))
     return parts
 
 
-def _joined(codes: list[Codes], axis: int) -> Codes:
-    """Codes of a weight of which parts were coded apart, side by side along an axis."""
+def _on_one_grid(codes: list[Codes]) -> Codes:
+    """Codes of a weight of which inputs were coded apart, on the coarsest of their grids.
+
+    They differ where bits cost next to nothing, and the finest step that a weight may have is that
+    of its largest part: a ten thousandth of it.
+    """
+    step = torch.cat([code.grid for code in codes]).max()
+    symbols = torch.cat([(code.decode() / step).round() for code in codes], 1)
+    return Codes(symbols.int(), step[None], "uniform")
+
+
+def _stacked(codes: list[Codes]) -> Codes:
+    """Codes of a weight of which rows were coded apart, one below the other."""
     if len(codes) == 1:
         return codes[0]
-    symbols = torch.cat([code.symbols for code in codes], axis)
+    symbols = torch.cat([code.symbols for code in codes])
     grid = torch.cat([code.grid for code in codes])
     if bool((grid == grid[0]).all()):
         return Codes(symbols, grid[:1], "uniform")
     each = [torch.full_like(code.symbols, tier) for tier, code in enumerate(codes)]
-    tiers = torch.cat(each, axis).to(torch.uint8)
+    tiers = torch.cat(each).to(torch.uint8)
     spans = (int(code.symbols.max() - code.symbols.min()) + 1 for code in codes)
-    if axis == 0 and sum(spans) > MAX_ALPHABET:
+    if sum(spans) > MAX_ALPHABET:
         return Codes(symbols, grid[tiers[:, 0].long()], "channel")  # stores a step for each row
     return Codes(symbols, grid, "tier", tiers)
 
@@ -194,7 +232,8 @@ def _damage(network: nn.Module, images: Tensor, units: dict[str, Tensor]) -> flo
             now = z.index_add_(1, inputs[0].flatten(), torch.stack([0 * squares, squares, squares]))
         else:
             linear, size = isinstance(layer, nn.Linear), output.shape[-1]
-            z = (output.reshape(-1, size, 1) if linear else output.flatten(2)).double()
+            z = output.reshape(-1, size, 1) if linear else batched(layer, output).flatten(2)
+            z = z.double()  # [images, units, positions]
             first, second = z.sum(2).sum(0), torch.linalg.vector_norm(z, dim=2).square().sum(0)
             count = torch.full_like(first, z.numel() / len(first))
             if layer.bias is not None:  # without it

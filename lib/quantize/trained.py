@@ -98,11 +98,11 @@ def _scales(network: nn.Module, grids: dict[str, Grid]) -> dict[str, float]:
     """
     steps = {name: grid.step for name, grid in grids.items()}
     steps |= {f"{name.removesuffix('weight')}bias": step for name, step in steps.items()}
-    for name, _ in network.named_parameters():
-        if name not in steps:
-            module = network.get_submodule(name.rpartition(".")[0])
-            held = torch.cat([p.detach().flatten() for p in module.parameters(recurse=False)])
-            steps[name] = float(held.square().mean().sqrt())
+    for path, module in network.named_modules():
+        held = {f"{path}.{n}".lstrip("."): p for n, p in module.named_parameters(recurse=False)}
+        if missing := held.keys() - steps.keys():
+            values = torch.cat([p.detach().flatten() for p in held.values()])
+            steps |= dict.fromkeys(missing, float(values.square().mean().sqrt()))
     return steps
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from .bdrate import APART, NEVER_OURS, NEVER_THEIRS
-from .names import place, readable
+from .names import place, readable, spelled_out
 from .paths import ROOT
 from .records import read_json
 from .sentences import ANSWERS, FROM_TABLES
@@ -50,11 +50,19 @@ def one_seed(rows: Iterable[dict]) -> str:
 
     ``rows`` are claims with at least id, where and seeds.
     """
-    alone = {r["where"]: None for r in rows if r["id"] in TITLES and len(r["seeds"]) == 1}
+    asked: dict[str, list[bool]] = {}
+    for row in rows:
+        if row["id"] in TITLES:
+            asked.setdefault(row["where"], []).append(len(row["seeds"]) == 1)
+    alone = [
+        place(where) + f" ({sum(single)} of {len(single)} readings)" * (not all(single))
+        for where, single in asked.items()
+        if any(single)
+    ]
     if not alone:
         return ""
     return (
-        f" One seed, hence no interval: {', '.join(map(place, alone))}. There a verdict is about "
+        f" One seed, hence no interval: {', '.join(alone)}. There a verdict is about "
         "that one network; where a small difference decides, the next seed may decide otherwise."
     )
 
@@ -102,7 +110,9 @@ def by_network(claims: list[Claim]) -> pd.DataFrame:
         where = place(claim.where) + ("" if claim.where in several else ", one seed")
         cells = rows.setdefault((claim.id, claim.claim), {"expected": claim.expected + unit})
         cells[where] = f"{claim.verdict}: {measured(claim.ours)}{unit}"
-    table = pd.DataFrame([{"": i, "claim": c} | cells for (i, c), cells in rows.items()])
+    table = pd.DataFrame(
+        [{"": i, "claim": spelled_out(c)} | cells for (i, c), cells in rows.items()]
+    )
     return table.fillna("not asked")
 
 

@@ -37,7 +37,9 @@ GOALS = {
 }
 """Test accuracy that base networks are known to reach with plain training; 96 % on digits."""
 TIERED = "tiers by lrp-epsilon/contrastive/abs"
-TIERS_CONTROLS = ("tiers by random", "tiers by reversed:lrp-epsilon/contrastive/abs")
+TIERS_CONTROLS = (
+    "tiers by magnitude", "tiers by random", "tiers by reversed:lrp-epsilon/contrastive/abs",
+)  # fmt: skip
 OURS = ["lrp", "lrp, half pruned", "lrp, pruned", "lrp root", "lrp root, half pruned"]
 OURS_TUNED = ["lrp, pruned, fine-tuned"]
 BASELINE = ["deeplift 100%", "deeplift 80%"]

@@ -140,13 +140,15 @@ def _around(values: pd.Series, log: bool) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def files(table: pd.DataFrame, recipes: Iterable[str] = ()) -> Figure:
+def files(
+    table: pd.DataFrame, recipes: Iterable[str] = (), beside: Iterable[str] = ("uniform bits",)
+) -> Figure:
     """``curves`` of points of test accuracy lost over bytes; of some recipes, or of all."""
     chosen = [*recipes] or table["recipe"].unique()
     return curves(
         table[table["recipe"].isin(chosen)], "file_bytes", "test_accuracy",
         base="base_test_accuracy", log=True, xlabel="file (bytes, logarithmic)",
-        beside=["uniform bits"],
+        beside=beside,
     )  # fmt: skip
 
 

@@ -72,6 +72,14 @@ WORDS = {r"\badam-slow\b": "Adam, a tenth of the rate", r"\badam\b": "Adam", r"\
          r"^1 images\b": "1 image"}  # fmt: skip
 """Patterns that are told otherwise wherever they stand."""
 
+_CODED = re.compile(
+    r"(?:(?:tiers|units) by )?(?:(?:shuffled|reversed|root):)*"
+    r"\b(?:lrp-[\w/-]+|lrp root|shuffled root|lrp|alike|fisher|hessian-trace|deeplift"
+    r"|uniform bits|(?<=s by )(?:random|magnitude))\b"
+    r"(?:, pruned)?(?:, sequential|, trained)?(?:, more images)?"
+)
+"""What recipes are called in tables, wherever it stands in a sentence."""
+
 TEXTS = ("dataset", "model", "recipe", "against", "criterion", "method", "start")
 """Columns of tables that hold names."""
 
@@ -102,6 +110,11 @@ def readable(name: str) -> str:
         name = re.sub(pattern, said, name)
     first, comma, rest = name.partition(", ")
     return CRITERIA.get(first, first) + comma + rest
+
+
+def spelled_out(sentence: str) -> str:
+    """A sentence that names recipes as tables do, with ``readable`` names in their place."""
+    return _CODED.sub(lambda found: readable(found[0]), sentence)
 
 
 def told(table: pd.DataFrame) -> pd.DataFrame:

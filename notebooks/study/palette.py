@@ -40,6 +40,13 @@ _BASELINES = ("deeplift", "magnitude", "taylor", "fisher", "hessian", "alike", "
               "nncodec", "deep compression", "gptq", "quanto", "torchao")  # fmt: skip
 _OURS, _THEIRS = (BLUE, SKY, GREEN, INDIGO), (RED, ORANGE, PURPLE, WINE)
 _MARKERS = "osD^vPX*<>"
+_FIXED = {
+    "lrp root, sequential": BLUE, "alike, sequential": ORANGE, "fisher, sequential": PURPLE,
+    "lrp root, sequential, more images": INDIGO, "alike, sequential, more images": WINE,
+    "lrp, sequential": GREEN, "lrp, pruned, sequential": GREEN, "lrp root": SKY, "nncodec": RED,
+    "alike, trained": ORANGE, "fisher, trained": PURPLE, "ECQx": RED,
+}  # fmt: skip
+"""Recipes that several figures of one notebook show, so that each keeps its colour there."""
 
 
 def style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
@@ -48,6 +55,8 @@ def style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
     for family, (colour, line) in _CONTROLS.items():
         if family in name:
             return {"color": colour, "ls": line, **marker}
+    if name in _FIXED and _FIXED[name] not in taken:
+        return {"color": _FIXED[name], "ls": "-", **marker}
     theirs = any(family in name for family in _BASELINES)
     colours = _THEIRS + _OURS if theirs else _OURS + _THEIRS
     free = [colour for colour in colours if colour not in taken]
@@ -56,9 +65,12 @@ def style(name: str, position: int, taken: Iterable[str] = ()) -> dict:
 
 def styles(names: Iterable[str]) -> list[dict]:
     """A style for each: no two share a marker, nor a colour while some are left."""
-    found = []
+    names, found = [*names], []
     for position, name in enumerate(names):
-        found.append(style(name, position, [each["color"] for each in found]))
+        later = [_FIXED[other] for other in names[position + 1 :] if other in _FIXED]
+        look = style(name, position, [*(each["color"] for each in found), *later])
+        twice = any((look["color"], look["ls"]) == (each["color"], each["ls"]) for each in found)
+        found.append(look | {"color": GREY} if twice and look["ls"] != "-" else look)
     return found
 
 

@@ -29,7 +29,7 @@ class Profile:
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
     """By model settings of quantizers that train, where a recipe has their defaults: chosen on the
     validation split; "" stands for all models."""
-    slow: tuple[str, ...] = ()  # models that ablations leave out, since they take hours there
+    slow: tuple[str, ...] = ()  # models left out of what every run of a notebook computes anew
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By part of the study ("training", "more images") patterns of cases that go without it: they
     take hours without a GPU."""
@@ -77,7 +77,7 @@ PROFILES = {
             "uniform": (2, 3, 4, 5),
             "layers": (1, 2, 3, 4),
             "rate-distortion": _prices(range(9)),
-            "Sequential": _prices(range(7, 26, 2), 12),
+            "Sequential": _prices(range(7, 26), 12),
             "more images": _prices((*range(15, 31), 32, 34, 36), 12),
             "Trained": _prices(range(5, 9)),
             "ECQx": _prices(range(7, 11), 2),
@@ -90,7 +90,7 @@ PROFILES = {
                 "uniform": (3, 4, 5, 6),
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
-                "Sequential": _prices(range(6, 14), 8),
+                "Sequential": _prices(range(12, 27), 16),
                 "Trained": _prices((4, 6)),
                 "ECQx": _prices(range(5, 8), 2),
             },
@@ -99,7 +99,7 @@ PROFILES = {
                 "uniform": (4, 5, 6),
                 "layers": (2, 2.5, 3, 4),
                 "rate-distortion": _prices((0, 1, 2, 3, 4, 6)),
-                "Sequential": _prices((6, 7.5, 9, 10.5, 12), 8),
+                "Sequential": _prices(range(24, 49, 3), 32),
                 "Trained": _prices((4, 6)),
                 "ECQx": _prices(range(5, 8), 2),
             },

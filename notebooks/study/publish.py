@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .names import network, readable
+from .names import network, readable, spelled_out
 from .paths import ROOT
 from .profiles import PROFILES
 from .records import cost, read_claims, write
-from .tables import NETWORK, text
+from .tables import NETWORK, points_lost, text
 from .verdicts import FAILS, HOLDS, OPEN, TITLES, held, key, overview
 
 README, ARTIFACT = ROOT / "README.md", ROOT / "ARTIFACT.md"
@@ -31,11 +31,11 @@ def claims_text(results: Path) -> str:
     counts = Counter(claim["verdict"] for claim in claims)
     return (
         f"# Claims, reading by reading: profile {results.name}\n\n"
-        f"{len(claims)} claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, {counts[FAILS]} "
-        "fail. What fails stands in **bold**, what is open in *italics*: there the 95 % interval "
-        "over seeds contains the threshold, and more seeds could decide either way, or curves have "
-        "too few losses in common. A claim of one seed is decided by its value. Written from "
-        "`claims-*.json` by `python -m study claims`.\n\n"
+        f"{len(claims)} readings of claims: {counts[HOLDS]} hold, {counts[OPEN]} are open, "
+        f"{counts[FAILS]} fail. What fails stands in **bold**, what is open in *italics*: there "
+        "the 95 % interval over seeds contains the threshold, and more seeds could decide either "
+        "way, or curves have too few losses in common. A claim of one seed is decided by its "
+        "value. Written from `claims-*.json` by `python -m study claims`.\n\n"
         + claims_table(claims, heads(results)) + "\n"
     )  # fmt: skip
 
@@ -69,7 +69,15 @@ def claims_table(claims: list[dict], called: Mapping[str, str] | None = None) ->
     for (identifier, sentence, notebook), found in rows.items():
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
         cells = [_result(found.get(where), len(goals) > 1) for where in networks]
-        lines.append([identifier, sentence, goals[0] if len(goals) == 1 else "", *cells, notebook])
+        lines.append(
+            [
+                identifier,
+                spelled_out(sentence),
+                goals[0] if len(goals) == 1 else "",
+                *cells,
+                notebook,
+            ]
+        )
     columns = [(called or {}).get(name, name) for name in networks]
     head = ["", "claim", "expected", *columns, "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
@@ -80,7 +88,7 @@ def _result(claim: dict | None, with_goal: bool) -> str:
     if claim is None:
         return ""
     mark = {HOLDS: "", OPEN: "*"}.get(claim["verdict"], "**")
-    said = f"{mark}{claim['ours']}{mark}"
+    said = f"{mark}{spelled_out(claim['ours'])}{mark}"
     return f"{said} (expected: {claim['expected']})" if with_goal else said
 
 
@@ -137,8 +145,6 @@ def _not_run(study, asked: Iterable[str]) -> list[str]:
     left = []
     if missing:
         left.append(f"{', '.join(network(*pair) for pair in missing)} (another PROFILE)")
-    slow = [network(d, m) for d, m in sorted(ran) if m in study.profile.slow]
-    left += [f"{name} in ablations (hours)" for name in slow]
     for part, said in {"training": "in training", "more images": "from more images"}.items():
         if names := _idle(study, part):
             left.append(f"{', '.join(names)} {said} (hours without a GPU)")
@@ -167,7 +173,7 @@ FILES = (
     "lrp root, sequential, more images", "lrp, sequential, more images",
     "fisher, sequential, more images", "alike, sequential, more images",
     "lrp root, sequential", "alike, sequential", "shuffled root, sequential",
-    "lrp root", "paper's rule, literal", "random", "reversed",
+    "lrp root", "paper's rule, literal", "lrp, pruned", "random", "reversed",
     "deeplift 100%", "deeplift 80%, refit", "magnitude 20%",
 )  # fmt: skip
 """Recipes of the table of files in README, in its order; the others stand in ``results/``."""
@@ -197,9 +203,14 @@ def files_table(results: Path) -> str:
 
 
 def _file(rows: pd.DataFrame, seeds: int) -> str:
-    """Size and accuracy of a recipe's files, marked where some seed loses more, or did not run."""
+    """Size and accuracy of a recipe's files, marked where more is lost, or some seed did not run.
+
+    By a dagger where some seed loses more on validation, by a double one where the mean does so on
+    test images only.
+    """
     size = f"{text(rows['file_bytes'] / 1000)} kB ({rows['ratio'].mean():.1f}x)"
-    mark = "" if rows["reached"].all() else " †"
+    on_test = " ‡" * bool(points_lost(rows).mean() > 1 + 1e-9)
+    mark = on_test if rows["reached"].all() else " †"
     ran = sorted(rows["seed"].unique())
     some = f" (seed{'s' * (len(ran) > 1)} {', '.join(map(str, ran))})" if len(ran) < seeds else ""
     return f"{size}, {text(rows['test_accuracy'], 2, ' %')}{mark}{some}"

@@ -43,7 +43,7 @@ def tiny_network(chain: nn.Sequential, values: Tensor, scores: dict[str, Tensor]
                       lw=0.8 + 5 * abs(value) / most, zorder=1)  # fmt: skip
             at = 0.26 + 0.16 * (k % 3)
             axis.text(depth + at, (1 - at) * ends[0] + at * ends[1], _signed(value), fontsize=8,
-                      ha="center", va="center", bbox=plain)  # fmt: skip
+                      color=colour, ha="center", va="center", bbox=plain)  # fmt: skip
     for depth, (layer, places) in enumerate(zip(layers, heights, strict=True)):
         for value, height in zip(layer.tolist(), places, strict=True):
             axis.text(depth, height, _signed(value).lstrip("+"), ha="center", va="center", zorder=3,

@@ -13,7 +13,10 @@ from .paths import LEDGER, QUIET, ROOT, STANDARD
 
 FOLDER = ROOT / "notebooks"
 LAST = "09-paper"  # reads what the others wrote
-READ = {LAST: ("*.csv", "claims-*.json"), "06-beyond": (f"{STANDARD}.csv", "peers.csv")}
+READ = {
+    LAST: ("*.csv", "claims-*.json"),
+    "06-beyond": (f"{STANDARD}.csv", "peers.csv", "trials-rates.csv"),
+}
 """By notebook, patterns of the results that it reads and did not write."""
 
 

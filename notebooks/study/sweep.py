@@ -3,8 +3,9 @@
 import pickle
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,7 +25,13 @@ from .progress import bar
 from .records import address, base_address, kind, provenance, read_json, write, write_json
 from .results import Results, published
 
-LARGEST_KEPT = 4_000_000  # bytes of a compressed model in results/
+LARGEST_KEPT = 1_200_000  # bytes of a compressed model in results/; all of them fit into 20 MB
+
+
+def _at_default(settings: Any, own: dict[str, Any]) -> Any:
+    """A dataclass with these values in those of its fields that were left at their defaults."""
+    left = {f.name for f in fields(settings) if getattr(settings, f.name) == f.default}
+    return replace(settings, **{name: own[name] for name in own.keys() & left})
 
 
 class Study(Results):
@@ -188,15 +195,12 @@ class Study(Results):
 
     def _own(self, case: Case, recipe: Recipe) -> Recipe:
         """The recipe with what the profile has for a case's model: optimiser, how it trains."""
-        repair, store = recipe.repair, recipe.store
-        if repair.finetune and repair.optimiser == type(repair).optimiser:
-            own = self.profile.optimisers.get(case.model, repair.optimiser)
-            repair = replace(repair, optimiser=own)
+        repair, store, known = recipe.repair, recipe.store, self.profile
+        if repair.finetune and case.model in known.optimisers:
+            repair = _at_default(repair, {"optimiser": known.optimisers[case.model]})
         if store.trains:
-            own = self.profile.trained.get("", {}) | self.profile.trained.get(case.model, {})
-            made = type(store)  # whose attributes are the defaults of its fields
-            left = {n: v for n, v in own.items() if getattr(store, n, v) == getattr(made, n, None)}
-            store = replace(store, **left)
+            own = known.trained.get("", {}) | known.trained.get(case.model, {})
+            store = _at_default(store, own)
         return replace(recipe, repair=repair, store=store)
 
     def compressed(self, case: Case, recipe: Recipe) -> Compressed:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from study import answers, lessons, sentences
+from study import answers, lessons, names, sentences
 from study.paths import ROOT
 from study.records import read_claims, write_json
 from study.verdicts import Claim
@@ -157,6 +157,8 @@ def test_a_network_of_one_seed_is_named_wherever_verdicts_are_told():
     rows = [row("C1", SMALL, "holds"), row("C1", LARGE, "holds") | {"seeds": [0, 1, 2]}]
     assert answers.one_seed(rows).startswith(" One seed, hence no interval: LeNet-5 on digits.")
     assert not answers.one_seed(rows[1:]) and not answers.one_seed([row("Q1", SMALL, "holds")])
+    some = [*rows, row("C2", LARGE, "holds")]  # the same network, of which one claim has one seed
+    assert f"LeNet-5 on digits, {names.place(LARGE)} (1 of 2 readings)." in answers.one_seed(some)
 
 
 def test_of_each_setting_the_best_and_the_worst_value():

@@ -186,6 +186,21 @@ def test_lines_of_a_figure_share_no_marker_and_methods_no_colour():
     methods = [look["color"] for look in looks if look["ls"] == "-"]
     assert len(methods) == 6 == len(set(methods))
     assert all(look["ls"] != "-" for look in palette.styles(["random", "reversed", "shuffled:x"]))
+    twice = palette.styles(["shuffled:x", "shuffled:y"])
+    assert twice[0]["color"] != twice[1]["color"]
+
+
+def test_a_recipe_keeps_its_colour_whatever_stands_beside_it():
+    compared = ["uniform bits", "alike", "lrp root", *palette._FIXED]
+    for count in (3, 5, 8):
+        for start in range(len(compared) - count):
+            shown = compared[start : start + count]
+            looks = {n: look["color"] for n, look in zip(shown, palette.styles(shown), strict=True)}
+            fixed = [palette._FIXED[name] for name in shown if name in palette._FIXED]
+            for name in looks.keys() & palette._FIXED.keys():
+                if fixed.count(palette._FIXED[name]) == 1:
+                    assert looks[name] == palette._FIXED[name], (name, shown)
+            assert len(set(looks.values())) == count, shown
 
 
 def test_a_cell_of_the_matrix_counts_the_readings_of_one_claim_about_one_network():
@@ -228,6 +243,13 @@ def test_names_need_no_code_to_be_read():
     assert names.readable("lrp root, pruned, sequential") == (
         "√ relevance, pruned, layer after layer"
     )
+    told = "-1 % against root:fisher; units by shuffled:lrp-epsilon (3 kB), lrp root, sequential"
+    assert names.spelled_out(told) == (
+        "-1 % against √ squared gradients (Fisher); units: relevance, dealt out at random (3 kB), "
+        "√ relevance, layer after layer"
+    )
+    plain = "removing positive scores at random, or all alike by magnitude, does more harm"
+    assert names.spelled_out(plain.replace("all ", "")) == plain
     assert names.place("cifar10-jpeg-vgg16-s0") == "VGG-16 on CIFAR-10 (JPEG)"
     assert names.readable("zplus rms contrastive") == "z⁺, root mean square, contrastive"
     assert names.readable("1 images a class, pruned") == "1 image a class, pruned"

@@ -85,6 +85,12 @@ def test_claims_that_are_open_or_fail_are_marked():
     assert cells(line) == ["B1", r"s\|t", "1", "0.5", "*0.5*", "**0.5**", "`01`"]
     with pytest.raises(ValueError, match="two results of"):
         publish.claims_table([*rows, claim("holds", "a-x")])
+    coded = [claim("holds", "a-x", "no larger than fisher") | {"ours": "against tiers by random"}]
+    told = publish.claims_table(coded).splitlines()[2]
+    assert cells(told)[1:4:2] == [
+        "no larger than squared gradients (Fisher)",
+        "against tiers: random",
+    ]
 
 
 def test_networks_of_one_seed_or_of_few_bits_are_called_so(tmp_path):
@@ -109,6 +115,16 @@ def test_one_seed_that_misses_the_accuracy_or_did_not_run_is_marked(tmp_path):
     pd.concat([pd.DataFrame(seeds), more]).to_csv(tmp_path / "headline-smallest.csv")
     few, whole = (cells(line)[1] for line in publish.files_table(tmp_path).splitlines()[-2:])
     assert whole.endswith(" †") and few.endswith(" (seeds 0, 1)")
+
+
+def test_a_file_that_loses_more_on_test_images_than_on_those_it_was_chosen_by_is_marked():
+    rows = pd.DataFrame({"file_bytes": [1000], "ratio": 4.0, "test_accuracy": 90.0, "seed": 0,
+                         "base_test_accuracy": [91.0], "reached": True})  # fmt: skip
+    assert publish._file(rows, 1) == "1.0 kB (4.0x), 90.00 %"
+    rows["base_test_accuracy"] = 91.1
+    assert publish._file(rows, 1) == "1.0 kB (4.0x), 90.00 % ‡"
+    rows["reached"] = False
+    assert publish._file(rows, 1) == "1.0 kB (4.0x), 90.00 % †"
 
 
 def test_what_reproduce_prints_at_its_end_fits_twelve_lines():

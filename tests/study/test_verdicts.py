@@ -82,6 +82,18 @@ def test_headline_says_where_an_accuracy_is_not_reached():
     assert accurate.ours.startswith("92.1 % relative")
 
 
+def test_headline_says_where_the_baseline_does_not_reach_an_accuracy():
+    weak = RUNS[(RUNS["recipe"] != "theirs") | (RUNS["knob"] == 3)]
+    within, matched, *_ = headline(weak, ["ours"], ["theirs"], "x")
+    # theirs of 250 bytes are no rival within a point, and ours of 300 no smaller: it fails anyway
+    assert within.ours == "-20.0 % (not reached by the baseline)" and within.verdict == FAILS
+    assert "reached" not in matched.ours
+    alike = RUNS.assign(recipe=RUNS["recipe"].replace("never", "theirs"))
+    for seed in (1, 2):  # every network is asked about both sides
+        alike = pd.concat([alike, alike.assign(model=f"m{seed}")])
+    assert not [c.ours for c in headline(alike, ["ours"], ["theirs"], "x") if "reached" in c.ours]
+
+
 def test_removal_and_sign():
     pair = _runs([("lrp", 8, 9, 97.5, 97.5), ("reversed", 8, 9, 97.6, 97.4)])
     (claim,) = removal_claims(pair, "lrp", "gently")
