@@ -17,8 +17,8 @@ class Profile:
     more: int  # so many, where it is asked what more of them bring
     finetune: int  # steps, for every recipe that fine-tunes
     knobs: dict[str, tuple[float, ...]]
-    """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve; those of
-    ``Sequential`` also for more images, which bear higher prices."""
+    """By quantizer (a value of ``records.STORES``) settings of its knob that make a curve; others
+    for "more images", which bear higher prices."""
     special: dict[str, dict[str, tuple[float, ...]]]
     """By model the knobs that differ: where a curve bends elsewhere, or a run takes long."""
     kept: dict[str, tuple[float, ...]]
@@ -91,6 +91,7 @@ PROFILES = {
                 "layers": (3, 3.5, 4, 5, 6),
                 "rate-distortion": _prices((0, 1, 2, 2.5, 3, 3.5, 4, 4.5)),
                 "Sequential": _prices(range(12, 27), 16),
+                "more images": _prices(range(6, 14), 8),
                 "Trained": _prices((4, 6)),
                 "ECQx": _prices(range(5, 8), 2),
             },

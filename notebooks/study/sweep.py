@@ -136,7 +136,8 @@ class Study(Results):
             By the name that they have in tables.
         knobs : dict of str to iterable of float, optional
             For each quantizer (as ``records`` names it), settings of its knob that replace
-            the recipe's own, and give way to those that the profile has for a model.
+            the recipe's own, and give way to those that the profile has for a model; those of
+            "more images" where there are so many.
         cases, per_class
             All of the study's, and its number of reference images of each class, by default.
         as_given : bool
@@ -159,7 +160,7 @@ class Study(Results):
             for case in cases
             for name, recipe in recipes.items()
             for variant in self._variants(
-                case, recipe if as_given else self._own(case, recipe), knobs or {}
+                case, recipe if as_given else self._own(case, recipe), knobs or {}, images
             )
         ]
         missing = {path: (case, variant) for _, case, variant, path in rows if not path.exists()}
@@ -187,8 +188,10 @@ class Study(Results):
                 write(self._file(path), content)
                 write_json(path, record)
 
-    def _variants(self, case: Case, recipe: Recipe, knobs: dict) -> list[Recipe]:
+    def _variants(self, case: Case, recipe: Recipe, knobs: dict, images: int) -> list[Recipe]:
         name, values = kind(recipe.store), [recipe.store.value]
+        if images == self.profile.more != self.per_class:
+            name = "more images"
         if name in knobs:
             values = self.profile.special.get(case.model, {}).get(name, knobs[name])
         return [recipe.at(float(value)) for value in values]

@@ -75,7 +75,8 @@ class Replay(Study):
         for key, (case, recipe) in asked.items():
             rows = table[key]
             if len(rows) > 1:  # else the notebook may have put something else in its place
-                values = [v.store.value for v in self._variants(case, recipe, knobs or {})]
+                variants = self._variants(case, recipe, knobs or {}, images)
+                values = [variant.store.value for variant in variants]
                 rows = rows.set_index("knob", drop=False).loc[values]
             found.append(rows)
         return pd.concat(found, ignore_index=True)

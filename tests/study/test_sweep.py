@@ -79,6 +79,19 @@ def test_a_network_may_have_knobs_of_its_own(study, monkeypatch):
     assert study.sweep({"even": RECIPES["uniform"]}, {"uniform": (4, 8)})["knob"].tolist() == [5]
 
 
+def test_more_images_have_knobs_of_their_own(study, monkeypatch):
+    special = {"resnet8": {"uniform": (5,)}, "lenet5": {"more images": (2,)}}
+    own = replace(study.profile, special=special, more=3)
+    monkeypatch.setattr(study, "profile", own)
+    knobs, recipes = {"uniform": (4, 8), "more images": (6,)}, {"even": RECIPES["uniform"]}
+    found = [study.sweep(recipes, knobs, per_class=n)["knob"].tolist() for n in (3, 1, None)]
+    assert found == [[6], [5], [5]]
+    special["resnet8"]["more images"] = (7,)
+    assert study.sweep(recipes, knobs, per_class=3)["knob"].tolist() == [7]
+    monkeypatch.setattr(study, "per_class", 3)  # of all runs of the study: no more than others have
+    assert study.sweep(recipes, knobs)["knob"].tolist() == [5]
+
+
 def test_a_quantizer_of_ones_own_takes_the_knobs_that_are_named_by_its_class(study):
     class Mine(Uniform):
         """As a user has it: no file of the study knows it."""
