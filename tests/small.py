@@ -26,6 +26,13 @@ class Tied(nn.Module):
         return self.f(self.e(t).mean(1))
 
 
+class Doubled(nn.Module):
+    """A parametrization: what is computed is twice what is stored."""
+
+    def forward(self, stored):
+        return 2 * stored
+
+
 class Forwarded(nn.Module):
     """Linear layers without biases, layers that a test adds, and a forward pass that it writes."""
 
@@ -42,3 +49,9 @@ class Forwarded(nn.Module):
 
     def forward(self, x):
         return self.way(self, x)
+
+
+def outputs(network, images):
+    """What a network gives in evaluation mode."""
+    with torch.no_grad():
+        return network.eval()(images)

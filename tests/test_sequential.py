@@ -1,6 +1,7 @@
 """Coding layer after layer, against the equations solved anew layer by layer."""
 
 import torch
+from small import outputs
 from spread import assert_below
 from torch import nn
 
@@ -157,11 +158,6 @@ def test_wide_layers_are_coded_in_parts_at_little_loss(monkeypatch):
         sizes.append(file.nbytes)
     assert_below(errors[1] / errors[0], 1.5, "error in parts over that at once")
     assert_below(sizes[1] / sizes[0], 1.1, "file in parts over that at once")
-
-
-def outputs(network, images):
-    with torch.no_grad():
-        return network.eval()(images)
 
 
 def test_what_pruning_did_is_taken_back(trained, references):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Doubled, Forwarded, outputs
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -21,11 +22,6 @@ def coded(model, images, price=0.003, by="alike", **given):
     with torch.no_grad():
         labels = given.get("output", lambda out: out)(model.eval()(images)).argmax(1)
     return compress(model, images, labels, Recipe(store=Sequential(by, price=price)), **given)
-
-
-def outputs(network, images):
-    with torch.no_grad():
-        return network.eval()(images)
 
 
 class Frames(nn.Module):
@@ -121,17 +117,13 @@ def test_an_output_that_the_model_returns_ends_no_branch():
 
 @pytest.mark.parametrize("turned", [lambda h: h.mT, lambda h: h.mH, lambda h: h.data.mT])
 def test_an_output_that_is_read_by_an_attribute_ends_no_branch(turned):
-    class Mixer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.mix, self.head = nn.Linear(20, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+    def mixed(net, x):
+        h = net.stem(x)  # [N, 9, 9]
+        assert h.shape[1:] == (9, 9) and h.dtype == torch.float32  # read nothing of it
+        return net.head((h + net.mix(turned(h).relu())).amax(1))
 
-        def forward(self, x):
-            h = self.stem(x)  # [N, 9, 9]
-            assert h.shape[1:] == (9, 9) and h.dtype == torch.float32  # read nothing of it
-            return self.head((h + self.mix(turned(h).relu())).amax(1))
-
-    assert plan(Mixer().eval(), torch.randn(4, 9, 20)).branch_ends == {"mix"}
+    mixer = Forwarded(mixed, stem=nn.Linear(20, 9), mix=nn.Linear(9, 9), head=nn.Linear(9, 3))
+    assert plan(mixer.eval(), torch.randn(4, 9, 20)).branch_ends == {"mix"}
 
 
 class Chunked(nn.Module):
@@ -161,17 +153,13 @@ def test_forwards_that_take_many_images_otherwise_than_two_are_refused(other):
 
 
 def test_a_sum_that_many_images_do_without_is_refused():
-    class Sometimes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+    def sometimes(net, x):
+        y = net.two(net.one(x).relu())
+        return x + y if len(x) < 20 else torch.stack([x, y]).sum(0)
 
-        def forward(self, x):
-            y = self.two(self.one(x).relu())
-            return x + y if len(x) < 20 else torch.stack([x, y]).sum(0)
-
+    model = Forwarded(sometimes, one=nn.Linear(12, 12), two=nn.Linear(12, 12))
     with pytest.raises(UnsupportedLayerError, match="'two' cannot be coded.*not for all at once"):
-        coded(Sometimes().eval(), torch.randn(40, 12))
+        coded(model, torch.randn(40, 12))
 
 
 def test_an_attention_of_which_only_queries_are_steady_keeps_all_its_rows():
@@ -205,21 +193,14 @@ def test_an_attention_of_which_only_queries_are_steady_keeps_all_its_rows():
 def test_parts_of_wide_layers_share_a_grid_where_bits_are_free(monkeypatch):
     monkeypatch.setattr(sequential, "WIDE", 4)
     torch.manual_seed(0)
-    model, images = (
-        nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)),
-        torch.randn(50, 12),
-    )
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+    images = torch.randn(50, 12)
     model[0].weight.data[:, :4] *= 1e-3  # the finest step of later parts is larger
     file = coded(model.eval(), images, 1e-12)
     assert file["0.weight"].kind == "uniform"
     again = file.from_bytes(file.to_bytes()).to_model(model)
     drifted = (outputs(again, images) - outputs(model, images)).square().mean()
     assert drifted < 1e-6 * outputs(model, images).var()
-
-
-class Doubled(nn.Module):
-    def forward(self, bias):
-        return 2 * bias
 
 
 def test_a_bias_that_is_computed_stays_and_is_not_counted_on():

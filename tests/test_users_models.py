@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Doubled
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -319,15 +320,10 @@ def test_one_sample_after_the_other_without_an_axis_for_them():
     torch.testing.assert_close(*both)
 
 
-class Halved(nn.Module):
-    def forward(self, bias):
-        return 2 * bias
-
-
 @pytest.mark.parametrize("recipe", ["lrp-sequential", "lrp-gradual-rd", "uniform"])
 def test_a_bias_that_is_computed_stays_as_it_is(recipe):
     model, (x, y) = _net(), _data()
-    parametrize.register_parametrization(model[0], "bias", Halved())
+    parametrize.register_parametrization(model[0], "bias", Doubled())
     small = compress(model, x, y, recipe)
     original = "0.parametrizations.bias.original"
     torch.testing.assert_close(

@@ -69,15 +69,8 @@ def claims_table(claims: list[dict], called: Mapping[str, str] | None = None) ->
     for (identifier, sentence, notebook), found in rows.items():
         goals = list(dict.fromkeys(claim["expected"] for claim in found.values()))
         cells = [_result(found.get(where), len(goals) > 1) for where in networks]
-        lines.append(
-            [
-                identifier,
-                spelled_out(sentence),
-                goals[0] if len(goals) == 1 else "",
-                *cells,
-                notebook,
-            ]
-        )
+        goal = goals[0] if len(goals) == 1 else ""
+        lines.append([identifier, spelled_out(sentence), goal, *cells, notebook])
     columns = [(called or {}).get(name, name) for name in networks]
     head = ["", "claim", "expected", *columns, "notebook"]
     return markdown(pd.DataFrame(lines, columns=head))
