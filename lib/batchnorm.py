@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .inputs import copied, evaluated, probed
+from .inputs import copied, evaluated, owners, probed
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -44,7 +44,7 @@ def found_pairs(model: nn.Module, images: Tensor | None = None) -> tuple[dict[st
         return {}, True
     every = [module for _, module in model.named_modules(remove_duplicate=False)]
     places = Counter(id(module) for module in every)
-    owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
+    owned = owners(model)
     sure = True
     try:
         # A copy, since a forward that keeps what it computed would keep the tracer's objects.
@@ -60,7 +60,7 @@ def found_pairs(model: nn.Module, images: Tensor | None = None) -> tuple[dict[st
         return (
             norm.track_running_stats
             and weight is not None
-            and owners[id(weight)] == 1
+            and owned[id(weight)] == 1
             and places[id(layer)] == places[id(norm)] == 1
             and not (is_parametrized(layer) or is_parametrized(norm))
             and not (isinstance(layer, TRANSPOSED) and layer.groups > 1)

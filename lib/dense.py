@@ -5,13 +5,12 @@ place of each, so that all else (rules, moments, refits, quantizers) sees units 
 """
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import HALVES
+from .inputs import HALVES, owners
 
 ROWS = 2  # inputs on which a layer is tried
 
@@ -31,10 +30,9 @@ def dense_layers(model: nn.Module) -> dict[str, bool]:
         has other parameters than ``weight`` [.., ..] and ``bias`` [outputs], buffers, children
         or hooks, or whose weight another module has too, is absent, as are torch's own.
     """
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    found = {}
+    owned, found = owners(model), {}
     for path, module in model.named_modules():
-        if path and _may_be_dense(module) and owners[id(module.weight)] == 1:
+        if path and _may_be_dense(module) and owned[id(module.weight)] == 1:
             turned = _turned(module)
             if turned is not None:
                 found[path] = turned

@@ -1,6 +1,7 @@
 """Networks and images that users hand in: looked through, copied, made ready for a pass."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -200,6 +201,11 @@ def names_by_memory(model: nn.Module) -> dict[int | None, str]:
     """``memory`` of every parameter and buffer -> its name."""
     held = (*model.named_buffers(), *model.named_parameters())
     return {memory(value): name for name, value in held}
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """How many modules have each parameter, by its ``id``: more than one where it is tied."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

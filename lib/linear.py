@@ -5,7 +5,6 @@ dilation and grouping are handled, where they compute what torch's layers of the
 the projections inside of ``nn.MultiheadAttention``, in a network that is ``attention.opened``.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .fold import TRANSPOSED
-from .inputs import FullPrecision, full_precision, own, split
+from .inputs import FullPrecision, full_precision, own, owners, split
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | Transposed
@@ -112,13 +111,13 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     Not those of subclasses that compute something else, nor embeddings of which another layer
     reads the weight, or that change it as they run.
     """
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    owned = owners(model)
     return {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, KINDS) and _is_torchs(layer)
         and not (isinstance(layer, nn.Embedding)
-                 and (layer.max_norm is not None or owners[id(layer.weight)] > 1))
+                 and (layer.max_norm is not None or owned[id(layer.weight)] > 1))
     }  # fmt: skip
 
 

@@ -151,8 +151,9 @@ def change_in_order(
         run = _Changing(route.branch_ends, targets, change)
         with torch.no_grad(), hooked(network, route.layers, run.layer), run:
             network(own(images, network))
+    waiting = {name for name, _ in run.pending.values()}  # for the end of their branch
     for name in route.layers:
-        if name not in run.called or name in run.waiting:
+        if name not in run.called or name in waiting:
             raise unsteady(name, MANY)
 
 
@@ -193,11 +194,6 @@ class _Changing(_Watch):
         super().__init__(branch_ends)
         self.targets, self.change = targets, change
         self.called: set[str] = set()
-
-    @property
-    def waiting(self) -> set[str]:
-        """Layers whose branch has not ended yet."""
-        return {name for name, _ in self.pending.values()}
 
     def layer(self, name: str, layer: Layer, inputs: tuple[Tensor], output: Tensor) -> Any:
         if name in self.called:

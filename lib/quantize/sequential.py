@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import moments
 from ..attention import opened, views_of
 from ..codes import Codes, check, halved
+from ..inputs import owners
 from ..leastsquares import equations
 from ..linear import Layer, Place, Projection, View, bias_of, layers_of, watch
 from ..lockstep import Plan, change_in_order, plan
@@ -98,7 +99,7 @@ class Sequential(RateDistortion):
         layers = layers_of(inside)
         assert prepared.route is not None
         places = _places(removed.network, {p: layers[p] for p in prepared.route.layers}, masks)
-        owners = Counter(id(bias_of(layer)) for layer in layers.values())
+        shared = Counter(id(bias_of(layer)) for layer in layers.values())
         others = masks.keys() - {place.name for place in places.values()}
         warn_of_others(others, masks)
         with torch.no_grad():
@@ -114,7 +115,7 @@ class Sequential(RateDistortion):
             mask, units = place(masks[place.name]), place(prepared.units[place.name])
             made: list[Codes] = []
             bias, lam = bias_of(layer), self.price * prepared.damage
-            bias = bias if owners[id(bias)] == 1 else None  # two layers' suits neither alone
+            bias = bias if shared[id(bias)] == 1 else None  # two layers' suits neither alone
             for part, inputs in parts_of(layer):
                 problem = equations(part, bias is not None, bias is not None)
                 problem.add(a if inputs is None else a[..., inputs], wanted - z)
@@ -137,8 +138,10 @@ class Sequential(RateDistortion):
                     z = layer.forward(a)
             if bias is not None:  # as it will be stored, so that later layers see it
                 bias.copy_(halved(bias))
-            whole = made[0] if len(made) == 1 else _on_one_grid(made)
-            layer.weight.copy_(whole.decode())
+            whole = made[0]
+            if len(made) > 1:
+                whole = _on_one_grid(made)
+                layer.weight.copy_(whole.decode())
             codes.setdefault(place.name, {})[place.first or 0] = whole
             if place.last in (None, len(masks[place.name])):
                 done(place.name)
@@ -159,7 +162,7 @@ def _places(
     Not where another module has the weight too, nor where they are only some of its rows: of an
     attention whose keys are read otherwise from batch to batch, queries alone would be.
     """
-    owners = Counter(id(p) for m in network.modules() for p in m._parameters.values())
+    owned = owners(network)
     places = {path: Place.of(path, layer) for path, layer in layers.items()}
     rows: Counter[str] = Counter()
     for path, place in places.items():
@@ -169,7 +172,7 @@ def _places(
         for path, place in places.items()
         if place.name in masks
         and rows[place.name] == len(masks[place.name])
-        and owners[id(network.get_parameter(place.name))] == 1
+        and owned[id(network.get_parameter(place.name))] == 1
     }
 
 
